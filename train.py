@@ -46,17 +46,18 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from model.augment import augment, normalize
-from model.frozen import begin_training, freeze
-from model.losses import AUCMarginLoss, MaskedLoss, positive_weights
+from model.fusion import begin_training, freeze
+from model.losses import AUCMarginLoss, MaskedLoss, label_scores, positive_weights
 from model.names import AUGMENTATIONS
 from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, explain_memory, network_inputs, to_device
-from model.ranks import Stopped
+from model.ranks import Ranks, Stopped
 from model.runs.config import (
     Config,
     describe_step,
@@ -85,7 +86,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
-from pipeline.measure.delong import report_auroc
+from pipeline.measure.delong import measure_areas, report_auroc
 from pipeline.measure.evaluation import MEANS
 from pipeline.measure.metrics import cross_entropy
 from pipeline.stream.batches import Batch, BatchStream
@@ -121,8 +122,6 @@ def train(job: Job) -> None:
 
 def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
     """The state before the first step: network, loss, average and optimizer."""
-    from model.recent import RecentAUROC  # here, because torchmetrics takes seconds to import
-
     config = job.config
     torch.manual_seed(config.seed)
     outputs = name_outputs(config)
@@ -150,7 +149,6 @@ def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
         str(job.precision).removeprefix("torch."),
         job.ranks.count,
         torch.compile(forward) if config.compile else forward,
-        RecentAUROC(len(LABELS), job.device),
         data.train.bad,
         seen,
     )
@@ -237,7 +235,8 @@ def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: 
                 now = time.perf_counter()
                 rate, wait = images / (now - start), waited / (now - start)
                 curves = {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}
-                for name, value in (curves | {"macro_auroc": state.auroc.compute()}).items():
+                curves["macro_auroc"] = measure_recent(state.recent, job.ranks)
+                for name, value in curves.items():
                     log(f"train/{name}", value, state.done)
                 note = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
                 advance(state.done - epoch * steps, steps, note)
@@ -249,16 +248,8 @@ def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: 
 def stream_epoch(job: Job, data: TrainingData, epoch: int) -> BatchStream:
     """Slices of an epoch's batches, for this rank."""
     config, ranks = job.config, job.ranks
-    plan = partial(
-        plan_training,
-        data.train.samples,
-        config.batch_size,
-        config.seed,
-        epoch,
-        weights=data.weights,
-        rank=ranks.rank,
-        ranks=ranks.count,
-    )
+    order = (data.train.samples, config.batch_size, config.seed, epoch)
+    plan = partial(plan_training, *order, weights=data.weights, rank=ranks.rank, ranks=ranks.count)
     return read_batches(job, data.train, data.labels, plan)
 
 
@@ -282,7 +273,7 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
         with ranks.exchange(state.forward, start + size == samples):
             with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
                 logits = state.forward(*inputs)
-            state.auroc.update(logits, target, mask)
+            state.recent.append((label_scores(logits[:, : len(LABELS)]).detach(), target, mask))
             loss = state.loss(logits, target, mask) * (mask.sum() / max(cells, 1))
             state.scaler.scale(loss * ranks.count).backward()  # which takes the mean over ranks, not the sum
         total += loss.detach()
@@ -338,6 +329,21 @@ def check_losses(job: Job, state: TrainState, steps: int) -> float:
         state.loss_sum += values[0]
     state.losses.clear()
     return float(sums[:, 0].mean()) if len(sums) else math.nan
+
+
+def measure_recent(recent: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> float:
+    """The mean AUROC of all ranks' batches since the last call, over labels with both classes; NaN if there are none.
+
+    A hint of overfitting, to compare with dev's, not a measurement: images are augmented, and the weights change.
+    Soft targets count as the nearer class.
+    """
+    own = [torch.cat(part).cpu().numpy() for part in zip(*recent, strict=True)]
+    recent.clear()
+    scores, target, mask = (np.concatenate(part) for part in zip(*ranks.list_all(own), strict=True))
+    truth, known = (target >= 0.5).astype(np.float32), mask & (target >= 0)
+    areas = measure_areas(scores, truth, known, np.arange(len(scores))).value
+    defined = areas[~np.isnan(areas)]
+    return float(defined.mean()) if len(defined) else math.nan
 
 
 def save_state(job: Job, state: TrainState) -> None:

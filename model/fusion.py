@@ -66,6 +66,19 @@ class StudyNetwork(nn.Module):
         return logits
 
 
+def freeze(network: nn.Module) -> nn.Module:
+    """The network for images, with all but the last layer frozen."""
+    network.requires_grad_(False)
+    find_head(network)[1].requires_grad_(True)
+    return network
+
+
+def begin_training(network: nn.Module) -> None:
+    """Put the network into training mode, except a frozen backbone: its BatchNorm statistics do not change."""
+    learns = [parameter.requires_grad for parameter in network.parameters()]
+    network.train(all(learns) or isinstance(network, StudyNetwork))
+
+
 def _spread(values: Tensor, present: Tensor) -> Tensor:
     """Values [N, F] of the present views, put at their places [B, V, F]; zeros elsewhere."""
     return values.new_zeros(*present.shape, values.shape[1]).masked_scatter(present[..., None], values)

@@ -1,13 +1,14 @@
 """Network → optimizer; step → learning rate; weights of a step → their running average."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.frozen import find_depths
 from model.fusion import StudyNetwork
+from model.networks import find_head
 
 MAX_WARMUP_STEPS = 500
 
@@ -55,6 +56,39 @@ def _group_by_timm(
     added = [parameter for parameter in network.parameters() if parameter not in known]
     groups += [{"params": added, "weight_decay": weight_decay}] if added else []
     return [group | {"scale": group.get("lr_scale", 1.0)} for group in groups]
+
+
+def find_depths(network: nn.Module) -> dict[nn.Parameter, int]:
+    """How many blocks before the head each parameter is; 0 for the head and for layers that fuse views.
+
+    Blocks are the network's modules in definition order, with a Sequential or ModuleList replaced by its members. A
+    module whose children have weights begins a block; a single layer belongs to the previous block. The first block
+    includes what precedes it, such as a transformer's position embeddings. So the blocks of a ResNet are a stem and the
+    residual blocks, those of a DenseNet its dense blocks, and those of a vision transformer its layers.
+    """
+    head = find_head(network)[1]
+    trunk = network.backbone if isinstance(network, StudyNetwork) else network
+    number = 0
+    blocks = dict.fromkeys(trunk.parameters(recurse=False), 0)
+    begun = False
+    for part in _open(trunk):
+        if head in part.modules() or not [*part.parameters()]:
+            continue
+        number += begun and any([*layer.parameters()] for layer in part.children())
+        begun = True
+        blocks |= dict.fromkeys(part.parameters(), number)
+    return {
+        parameter: number + 1 - blocks[parameter] if parameter in blocks else 0 for parameter in network.parameters()
+    }
+
+
+def _open(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, with lists of modules expanded."""
+    for child in module.children():
+        if isinstance(child, (nn.Sequential, nn.ModuleList)):
+            yield from _open(child)
+        else:
+            yield child
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

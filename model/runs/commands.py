@@ -18,13 +18,12 @@ import click
 from model.names import check_arch, published
 from model.runs import use
 from model.runs.config import (
+    SCORED_BY,
+    TRAINED_BY,
     Config,
-    OwnData,
     Setup,
-    SharedImages,
-    Workers,
     check_conflicts,
-    check_folders,
+    check_runs,
     is_reported,
     open_start,
     read_config,
@@ -38,7 +37,7 @@ from pipeline.base.options import option
 from pipeline.base.pages import pictures
 from pipeline.base.tabular import Table
 from pipeline.command import FILE, Fields, Several, command, pictures_option
-from pipeline.console import count_of, echo, refuse_usage, say, say_next
+from pipeline.console import count_of, echo, refuse_usage, say_next
 
 if TYPE_CHECKING:
     from model.runs.job import Job
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 # Options that a sweep may get more values of later.
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
 Train = Callable[..., None]  # train.train
-CHECK = run_option(False, "Only check the options, which needs no shards.")
 sweep_option = partial(option, group="sweep")
 
 
@@ -79,14 +77,6 @@ def main() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """The folder that `train` writes to."""
-
-    run: Path = run_option(..., "Folder of the run.")
-    check: bool = CHECK
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cross:
     """Options of `cross`."""
 
@@ -98,7 +88,7 @@ class Cross:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embedding(SharedImages, Workers, OwnData):
+class Embedding:
     """Options of `embed`."""
 
     source: str = option(..., argument=True, metavar="RUN_OR_ARCH")
@@ -114,24 +104,24 @@ class Search:
     sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
     trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
     png: Path | None = pictures_option()
-    check: bool = CHECK
+    check: bool = use.CHECK
 
 
 @command(
     "train",
-    Place,
-    Setup,
+    use.Place,
+    Fields(Setup, TRAINED_BY),
     Config,
     example="python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
 )
 @click.pass_obj
-def train_command(train: Train, place: Place, setup: Setup, config: Config) -> int:
+def train_command(train: Train, place: use.Place, setup: Setup, config: Config) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
     if place.check:
         return _check(config, setup)
-    check_folders(setup.shards)
+    setup = setup.checked()
     if "RANK" not in os.environ and is_finished(config, setup, place.run):
-        print_run(place.run)
+        use.print_run(place.run)
         return 0
     from model.ranks import join_ranks, listen
     from model.runs.job import open_job
@@ -140,14 +130,14 @@ def train_command(train: Train, place: Place, setup: Setup, config: Config) -> i
     with join_ranks() as ranks:
         train(open_job(config, setup, place.run, ranks))
         if ranks.is_first:
-            print_run(place.run)
+            use.print_run(place.run)
     return 0
 
 
 @command(
     "cross",
     Cross,
-    Setup,
+    Fields(Setup, TRAINED_BY),
     Config,
     example="python -m train cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
 )
@@ -159,7 +149,8 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     """
     too_few = "cross needs --shards twice or more: a set is trained on, another one scored"
     refuse_usage(len(setup.shards) < 2, too_few)
-    check_folders(setup.shards, given.runs)
+    setup = setup.checked()
+    check_runs(given.runs)
     from model.ranks import listen
     from model.runs.cross import MACRO, score_runs, tabulate_cross, train_runs, write_cross
     from model.runs.job import open_job
@@ -183,7 +174,7 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
 @command(
     "embed",
     Embedding,
-    Fields(Setup, ("init",)),
+    Fields(Setup, (*SCORED_BY, "init")),
     Fields(Config, ("pretrained", "image_size")),
     example="python -m train embed runs/first --split train --out train.parquet",
 )
@@ -195,8 +186,6 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
     """
     run, out = Path(given.source), given.out
-    data = given.of(run)
-    setup = replace(setup, workers=given.workers, shards=data.shards, cache=data.cache, cache_size=data.cache_size)
     started = config.pretrained or setup.init is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
@@ -208,14 +197,14 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
         refuse_usage(not started, f"{run} is no folder, and a network needs --init or --pretrained")
         arch = "" if setup.init == run else check_arch(given.source)
         config = replace(config, arch=arch, amp="off", uncertain="ignore", blank="ignore")
-    check_folders(setup.shards, [run] if run.is_dir() else [])
+    setup = setup.checked(*([run] if run.is_dir() else []))
     from model.runs.embeddings import embed_split, start_network, write_embeddings
     from model.runs.job import Job, open_job
     from model.runs.predictor import load_network
 
     job = Job(read_config(run), setup.open(), run, setup) if run.is_dir() else open_job(config, setup, run)
     network = load_network(run, job.config) if run.is_dir() else start_network(job)
-    table = embed_split(replace(job, shared_images=given.shared_images), given.split, network)
+    table = embed_split(job, given.split, network)
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0
@@ -247,28 +236,10 @@ def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     return True
 
 
-def print_run(run: Path) -> None:
-    """Print the evaluations of a run that has ended."""
-    from pipeline.look.judged import tabulate_auroc, tabulate_verdicts
-    from pipeline.measure.evaluation import MEANS, read_evaluation
-
-    paths = [run / f"evaluation-{name}.json" for name in ("dev", "valid")]
-    evaluations = [read_evaluation(path) for path in paths if path.exists()]
-    tabulate_auroc(evaluations).print()
-    tabulate_verdicts(evaluations[-1]).print()
-    name = evaluations[0].best_mean()
-    mean = evaluations[0].get("auroc", name)
-    if mean.low is not None and mean.low <= 0.5:
-        guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
-        say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
-    echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
-    say_next(*use.TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
-
-
 @command(
     "sweep",
     Search,
-    Setup,
+    Fields(Setup, TRAINED_BY),
     Fields(Config, several=True),
     example='python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
@@ -285,7 +256,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     base = Config(**given | {name: tried[0] for name, tried in lists.items()})
     if search.check:
         return _check(base, setup)
-    check_folders(setup.shards)
+    setup = setup.checked()
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, run_sweep
         from model.runs.sweep_report import compare_settings, write_sweep_report

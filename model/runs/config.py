@@ -25,7 +25,7 @@ from model.names import (
 )
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
-from pipeline.base.options import check_values, option
+from pipeline.base.options import check_values, list_options, option
 from pipeline.base.workers import share_of_cores
 from pipeline.console import say
 from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 0.05  # share of the patients, if the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
+SHARDS = ("shards",)  # default
 SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
 TEACHER_SCORES = "scores-train.arrow"
 ARCH = "resnet50"  # default
@@ -48,22 +49,17 @@ IMAGE_SIZE = "320"  # default, for networks without a fixed input size
 SIZE, SIZE_HELP = "SIDE|HEIGHTxWIDTH", "Size of the input in pixels, to which images are stretched: 320, or 448x384."
 
 
-def split_columns(text: str) -> list[str]:
-    """Names of columns, separated by commas. Raises DataError for an empty name."""
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas, those of labels in any case. Raises DataError for an empty name."""
     names = [name.strip() for name in text.split(",")]
     if "" in names:
         raise DataError(f"'{text}' is not like projection,sex")
-    return names
+    return tuple(find_label(name) or name for name in names)
 
 
 def parse_choice(text: str) -> tuple[str, ...]:
     """The labels whose mean AUROC chooses a checkpoint; none for `all`. Raises DataError for an unknown name."""
     return {"all": (), "competition": COMPETITION}[text] if text in ("all", "competition") else parse_labels(text)
-
-
-def parse_outputs(text: str) -> tuple[str, ...]:
-    """Names of a network's outputs, separated by commas, labels in any case. Raises DataError for an empty name."""
-    return tuple(find_label(name) or name for name in split_columns(text))
 
 
 def name_choice(text: str) -> str:
@@ -165,10 +161,10 @@ class Config:
     init: str | None = None  # sha256 of the weights file that the run starts from
     init_terms: str = ""  # license and training data of these weights
     adopted: str = ""  # weights file, if the run uses these weights without training
-    init_labels: str | None = network_option(
-        None,
+    init_labels: tuple[str, ...] = network_option(
+        (),
         "What the outputs of --init are, in their order, if its file does not say.",
-        check=parse_outputs,
+        split=parse_names,
         metavar="A,B",
         shown="not known: a new last layer",
     )
@@ -192,8 +188,8 @@ class Config:
     mix: tuple[float, ...] = data_option(
         (), "Sampling fraction of each folder.", split=parse_shares, metavar="0.7,0.3", shown="by size"
     )
-    balance_over: str | None = data_option(
-        None, "With --balance: stratify by these columns.", check=split_columns, metavar="COLUMN,…"
+    balance_over: tuple[str, ...] = data_option(
+        (), "With --balance: stratify by these columns.", split=parse_names, metavar="COLUMN,…"
     )
     layer_decay: float = optimization_option(
         1.0, "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
@@ -227,64 +223,16 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """The shards that a command reads."""
+class Setup:
+    """Inputs of a command besides a run's configuration."""
 
-    shards: tuple[str, ...] = data_option(("shards",), SHARDS_HELP)
+    shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="those of the run; else the folder shards")
     cache: Path = data_option(Path(".cache"), "Cache folder of shards from URLs, shared by all runs.")
     cache_size: int = data_option(
         parse_size("20GB"), "Evict the least recently used shards above this size.", parse=parse_size, shown="20GB"
     )
-
-    def open(self) -> "Shards":
-        """The collection of all these shards. Raises DataError."""
-        from pipeline.stream.dataset import read_shards
-
-        return read_shards(self.shards, self.cache, self.cache_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workers:
-    """How images are decoded."""
-
-    workers: int = run_option(share_of_cores, "Decoding threads.", low=1, shown="cores")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedImages:
-    """Whether to allow scoring images that the weights were trained on."""
-
     shared_images: bool = data_option(False, "Allow images the weights were trained on.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assessment:
-    """How the scores of a split are evaluated."""
-
-    against: tuple[Path, ...] = option(
-        (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
-    )
-    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
-    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
-    where: tuple[str, ...] = option(
-        (), "Score the images that meet this, instead of the run's own conditions: sex=Male.", metavar="CONDITION"
-    )
-    views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
-    readers: tuple[Path, ...] = option(
-        (), "Add this reader as a point to the ROC curves; may be repeated.", metavar="CSV"
-    )
-    sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """The conditions that replace the run's."""
-        return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup(Workers, Data):
-    """Inputs of a run besides its configuration."""
-
+    workers: int = run_option(share_of_cores, "Decoding threads.", low=1, shown="cores")
     init: Path | None = network_option(
         None,
         "Start from this file, a run, published chest weights (listed by `networks`), or hf-hub:OWNER/NAME/FILE.",
@@ -298,31 +246,69 @@ class Setup(Workers, Data):
     wandb: str | None = run_option(None, "Send the logs to Weights & Biases too.", metavar="PROJECT")
     mlflow: str | None = run_option(None, "Send the logs to MLflow too.", metavar="EXPERIMENT")
 
+    def open(self) -> "Shards":
+        """The collection of all these shards. Raises DataError."""
+        from pipeline.stream.dataset import read_shards
+
+        return read_shards(self.shards or SHARDS, self.cache, self.cache_size)
+
+    def checked(self, *runs: Path) -> Self:
+        """With the shards that the first run last trained on, unless others are given; `shards` if unknown.
+
+        Raises DataError for a folder without shards or without a run, before torch is imported.
+        """
+        shards = self.shards or (list_shards(runs[0]) if runs else ()) or SHARDS
+        for folder in shards:
+            if "://" not in folder:
+                read_manifest(Path(folder))
+        check_runs(runs)
+        return replace(self, shards=shards)
+
+
+READ = ("shards", "cache", "cache_size")
+SCORED_BY = (*READ, "shared_images", "workers")  # options of commands that score shards
+TRAINED_BY = [name for name in list_options(Setup) if name != "shared_images"]  # of commands that train
+
 
 @dataclass(frozen=True, kw_only=True)
-class OwnData(Data):
-    """The shards that a run is used on."""
+class Assessment:
+    """How a split is scored, and how the scores are evaluated."""
 
-    shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="those the run was trained on")
+    split: str = option("valid", "Split to score; --shards may differ from the training shards.")
+    against: tuple[Path, ...] = option(
+        (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
+    )
+    sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
+    study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
+    where: tuple[str, ...] = option(
+        (), "Score the images that meet this, instead of the run's own conditions: sex=Male.", metavar="CONDITION"
+    )
+    views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
+    readers: tuple[Path, ...] = option(
+        (), "Add this reader as a point to the ROC curves; may be repeated.", metavar="CSV"
+    )
+    sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")
+    out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
 
-    def of(self, run: Path) -> Self:
-        """With the shards that a run, or an ensemble's first member, last trained on; `shards` if unknown."""
-        if self.shards:
-            return self
-        run = read_members(run)[0]
-        try:
-            lines = (run / "environment.jsonl").read_text().splitlines()
-            own = tuple(map(str, json.loads(lines[-1])["shards"]))
-        except (OSError, ValueError, LookupError, TypeError):
-            return replace(self, shards=("shards",))
-        return replace(self, shards=tuple(name if "://" in name else os.path.relpath(run / name) for name in own))
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The conditions that replace the run's."""
+        return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
 
 
-def check_folders(shards: Sequence[str] = (), runs: Sequence[Path] = ()) -> None:
-    """Raise DataError for a folder without shards or without a run, before torch is imported."""
-    for folder in shards:
-        if "://" not in folder:
-            read_manifest(Path(folder))
+def list_shards(run: Path) -> tuple[str, ...]:
+    """The shards that a run, or an ensemble's first member, last trained on; none if unknown."""
+    run = read_members(run)[0]
+    try:
+        lines = (run / "environment.jsonl").read_text().splitlines()
+        names = tuple(map(str, json.loads(lines[-1])["shards"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+    return tuple(name if "://" in name else os.path.relpath(run / name) for name in names)
+
+
+def check_runs(runs: Sequence[Path]) -> None:
+    """Raise DataError for a folder without a run or ensemble, before torch is imported."""
     for run in runs:
         for member in read_members(run):
             read_config(member)
@@ -426,7 +412,7 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
         return None
     from model.initial import read_start
 
-    return read_start(init, parse_outputs(config.init_labels) if config.init_labels else ())
+    return read_start(init, config.init_labels)
 
 
 def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start: "Start | None") -> Config:

@@ -18,7 +18,7 @@ from model.runs.config import is_reported, read_config
 from model.runs.job import Job, open_rows
 from model.runs.overlap import check_seen, check_start, read_seen
 from model.runs.predictor import of_job
-from model.runs.report import define_settings, draw_cells
+from model.runs.report import define_settings
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
 from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits
@@ -125,7 +125,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> Matrix:
         measured: dict[str, Areas] = {}
         for run, job in jobs.items():
             # Sets that share images are refused before training; images shared within a set were reported earlier.
-            own = replace(job, shards=collection, shared_images=run in trained)
+            own = replace(job, shards=collection, setup=replace(job.setup, shared_images=run in trained))
             images = of_job(job).score(own, split).images
             columns = [job.config.labels.index(label) for label in labels]
             measured[run] = measure_areas(
@@ -170,7 +170,14 @@ def name_run(run: str) -> str:
 def draw_matrix(axes: "Axes", matrix: Matrix) -> None:
     """The mean AUROC of each run (row) on each set (column), as colored cells with their numbers."""
     rows = [[matrix.cells[name][run][MACRO]["auroc"]["value"] for name in matrix.sets] for run in matrix.runs]
-    draw_cells(axes, np.array(rows, float))
+    cells = np.array(rows, float)
+    edges = (np.arange(length + 1) - 0.5 for length in reversed(cells.shape))
+    low, high = float(cells.min()), float(cells.max())
+    axes.pcolormesh(*edges, cells, cmap="cividis", vmin=low, vmax=max(high, low + 1e-3))
+    for (row, column), value in np.ndenumerate(cells):
+        # On cividis; SVG takes black for the page's ink.
+        color = "#111111" if value > (low + high) / 2 else "white"
+        axes.text(column, row, f"{value:.3f}", color=color, ha="center", va="center")
     axes.invert_yaxis()
     axes.set_xticks(range(len(matrix.sets)), list(matrix.sets))
     axes.set_yticks(range(len(matrix.runs)), [name_run(run) for run in matrix.runs])

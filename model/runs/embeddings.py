@@ -15,15 +15,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor, nn
 
 from model.augment import normalize
-from model.frozen import embed
-from model.networks import build_network, load_initial
+from model.fusion import StudyNetwork
+from model.networks import build_network, find_head, load_initial
 from model.predict import explain_memory, to_device
 from model.runs.folder import AS_IT_IS, fuse
 from model.runs.job import Job, open_rows, read_batches
 from model.runs.overlap import check_seen
 from model.runs.predictor import EVALUATION_BATCH, Network
+from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar, say
 from pipeline.labels import LABELS
@@ -65,6 +67,26 @@ def embed_split(job: Job, split: str, member: Network) -> pa.Table:
     lists = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
     table = chosen.split.table.take(chosen.rows)
     return table.select(["key", "patient", *LABELS]).append_column("embedding", lists)
+
+
+def embed(network: nn.Module, inputs: Tensor) -> Tensor:
+    """The backbone's embeddings [N, features] of normalized images [N, 1, H, W].
+
+    Raises DataError if the logits of a network for images are not the output of its last linear layer.
+    """
+    if isinstance(network, StudyNetwork):
+        features: Tensor = network.backbone(inputs)
+        return features
+    head = find_head(network)[1]
+    captured: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, given: captured.append(given[0]))
+    try:
+        logits = network(inputs)
+    finally:
+        handle.remove()
+    if not (captured and captured[-1].ndim == 2 and torch.equal(head(captured[-1]), logits)):
+        raise DataError("embeddings are for networks that end in a linear layer")
+    return captured[-1]
 
 
 def write_embeddings(path: Path, table: pa.Table) -> None:

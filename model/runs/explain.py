@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 
 from model.augment import normalize
 from model.heatmaps import draw_maps
@@ -15,23 +14,15 @@ from model.predict import explain_memory, to_device
 from model.runs.job import Job, open_images
 from model.runs.overlap import check_seen
 from model.runs.predictor import Network, load_network
-from pipeline.base.csvs import demand, read_strings
-from pipeline.base.errors import DataError, quote
-from pipeline.base.files import read_object
+from pipeline.base.errors import DataError
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.base.tabular import Table
 from pipeline.console import progress_bar
 from pipeline.images import Gray, decode_stored, prepare, resize
 from pipeline.labels import LABELS
 from pipeline.look.sheet import draw_overlay, read_images, save_sheet
-from pipeline.measure.localization import Cell, decode_rle, frame_of, mark_boxes, mark_mask
+from pipeline.measure.localization import Cell, Marks, mark_image
 from pipeline.measure.metrics import Floats
-from pipeline.stream.samples import OpenSplit
-
-OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
-# Readers' marks by key and label: boxes (left, top, width, height), or a mask [H, W] of the original image.
-Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | npt.NDArray[np.bool_]]]
-_NUMBER = r"^-?\d+(\.\d+)?$"
 
 
 def draw_heats(member: Network, image: Gray, labels: Sequence[str]) -> npt.NDArray[np.float32]:
@@ -70,38 +61,6 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
     return written
 
 
-def read_marks(path: Path) -> Marks:
-    """Readers' marks, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError with the location."""
-    if path.suffix.lower() == ".json":
-        return {key: _read_masks(path, key, rles) for key, rles in read_object(path).items()}
-    if not path.name.lower().endswith((".csv", ".csv.gz")):
-        raise DataError(f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code")
-    names = ("key", "label", "x", "y", "w", "h")
-    table = read_strings(path, names)
-    for name in names[2:]:
-        demand(path, name, table[name], pc.match_substring_regex(table[name], _NUMBER), "is not a number")
-    boxes: dict[str, dict[str, list[tuple[float, ...]]]] = {}
-    for key, label, *box in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        boxes.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(tuple(map(float, box)))
-    return boxes
-
-
-def _read_masks(path: Path, key: str, rles: Any) -> dict[str, Any]:
-    """The non-empty masks of an image."""
-    try:
-        masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in rles.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
-    return {label: mask for label, mask in masks.items() if mask.any()}
-
-
-def _check_label(path: Path, name: object) -> str:
-    label = OTHER_NAMES.get(str(name), str(name))
-    if label not in LABELS:
-        raise DataError(f"{path}: '{quote(label, 80)}' is none of {', '.join(LABELS)}")
-    return label
-
-
 def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
     """The marked cells of splits, for labels that the run was trained on, with their maps.
 
@@ -127,23 +86,9 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
                 (image,) = read_images(split, rows[place : place + 1])
                 heats = draw_heats(member, image, labels[place])
                 for label, heat in zip(labels[place], heats, strict=True):
-                    yield Cell(label, row["patient"], heat, _mark(split, row, marks[row["key"]][label], square, shape))
+                    marked = mark_image(marks[row["key"]][label], row, square, shape)
+                    yield Cell(label, row["patient"], heat, marked)
                 advance(done, len(wanted))
-
-
-def _mark(
-    split: OpenSplit, row: Mapping[str, Any], mark: Any, square: str, shape: tuple[int, int]
-) -> npt.NDArray[np.bool_]:
-    """Readers' marks on an image, as a mask of the network's input [H, W]."""
-    if isinstance(mark, np.ndarray):
-        # The mask has the original image's size; the shards may hold a smaller copy.
-        return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), shape)
-    if row.get("width") is None or row.get("height") is None:
-        raise DataError(
-            f"{split.name}: {row['key']}: these shards do not record the image's original size; "
-            "write them again with `pipeline shards`"
-        )
-    return mark_boxes(mark, frame_of(square, row["width"], row["height"]), shape)
 
 
 def tabulate_localization(results: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ from pipeline.manifest import find_restriction
 from pipeline.stream.batches import Unusable
 from pipeline.stream.cache import redact
 
-if TYPE_CHECKING:
-    from model.recent import RecentAUROC
-
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
 Log = Callable[[str, float, int], None]  # name of a curve, value, step
 AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
@@ -56,10 +53,11 @@ class TrainState:
     precision: str  # of autocast, as `--amp auto` resolves on this device
     ranks: int  # number that train it
     forward: Callable[..., Tensor]  # the network, averaging gradients over ranks, perhaps compiled
-    auroc: "RecentAUROC"  # of the batches since the last check
     bad: Unusable  # images of train
     seen: Sequence[Entry] = ()  # images and patients that the weights learn from
-    losses: list[Tensor] = field(default_factory=list)  # loss and gradient norm of each batch since then, [2]
+    # Of the batches since the last check: scores, target and mask of each part; loss and gradient norm of each, [2].
+    recent: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     done: int = 0  # steps, of all epochs
     evaluated: int = 0  # steps that were done at the last evaluation
     loss_sum: float = 0.0  # over the steps since then

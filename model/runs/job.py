@@ -28,7 +28,6 @@ from model.runs.config import (
     open_start,
     parse_choice,
     resolve_config,
-    split_columns,
 )
 from pipeline.base.errors import DataError
 from pipeline.console import say, say_once
@@ -59,7 +58,6 @@ class Job:
     setup: Setup
     ranks: Ranks = ALONE
     start: Start | None = None  # the weights to start from
-    shared_images: bool = False  # allow scoring images that the weights were trained on
 
     @property
     def device(self) -> torch.device:
@@ -281,13 +279,13 @@ def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | Non
 
     Raises DataError if a label or a folder has nothing to sample.
     """
-    if job.config.balance is not None:
-        over = split_columns(job.config.balance_over) if job.config.balance_over else []
-        return draw_weights(job.config.balance, over, labels, train)
-    if not job.config.mix:
+    config = job.config
+    if config.balance is not None:
+        return draw_weights(config.balance, config.balance_over, labels, train)
+    if not config.mix:
         return None
     try:
-        return mix_weights(train.split.folder[train.rows], job.config.mix)
+        return mix_weights(train.split.folder[train.rows], config.mix)
     except ValueError as error:
         raise DataError(f"`mix`: {error} of {job.shards}, in train") from None
 

@@ -96,14 +96,14 @@ def check_seen(
             tell(_describe_unknown(run, f"images of {name}"))
         if sets := sorted(namespaces & {*entry["sets"]}):
             text = f"{job.shards}, {name}: {run} was trained on images of {', '.join(sets)}"
-            if not (job.shared_images or at_home):
+            if not (job.setup.shared_images or at_home):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: if on these, figures are too good")
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
             text = f"{job.shards}, {name}: {run} trained on {count:,} of these {len(images):,} images"
-            if not (job.shared_images or (at_home and not entry["run"])):
+            if not (job.setup.shared_images or (at_home and not entry["run"])):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: its scores of them are too good")
         if count := len(np.unique(patients[known])):

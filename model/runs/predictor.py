@@ -44,7 +44,6 @@ from pipeline.measure.calibration import RULES, Calibration, apply_calibration, 
 from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
-from pipeline.stream.dataset import Shards
 from pipeline.stream.plan import plan_evaluation
 
 EVALUATION_BATCH = 64  # images
@@ -241,12 +240,13 @@ def open_predictor(runs: Sequence[Path]) -> Predictor:
     return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
 
 
-def open_scoring(predictor: Predictor, out: Path | None, shards: Shards, workers: int) -> Job:
+def open_scoring(predictor: Predictor, out: Path | None, setup: Setup) -> Job:
     """The job that scores shards, into the run's folder or, for an ensemble, `out` or a folder next to its members.
 
     Calibrates members that are not calibrated. Raises DataError if another run or ensemble uses the folder.
     """
-    jobs = [Job(config, shards, run, Setup(workers=workers)) for run, config in predictor.configs.items()]
+    shards = setup.open()
+    jobs = [Job(config, shards, run, setup) for run, config in predictor.configs.items()]
     if len(jobs) == 1:
         return jobs[0]
     folder = predictor.folder or out or jobs[0].run.parent / "+".join(job.run.name for job in jobs)[:200]

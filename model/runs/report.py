@@ -11,17 +11,15 @@ from markupsafe import Markup, escape
 
 from model.runs.config import Config, name_choice
 from model.runs.folder import describe_start
-from pipeline.base.pages import FIRST, SECOND, THIRD, draw_svg, show_setting
+from pipeline.base.pages import FIRST, SECOND, THIRD, draw_svg, open_templates, show_setting
 from pipeline.base.tabular import Table, show_cell
 from pipeline.labels import LABELS
 from pipeline.look.judge_report import Section, render_card, render_page
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import MEANS, Evaluation
-from pipeline.measure.metrics import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.collections import QuadMesh
 
 
 History = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
@@ -68,48 +66,23 @@ def render_model_card(
     dataset: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The model card of a run; `data` are samples, studies and patients of each split, `dataset` is the manifest's."""
-    labels = config["labels"]
-    paper = f" ({show_cell(dataset['paper'])})" if dataset.get("paper") else ""
-    about = (
-        f"Data set: {show_cell(dataset['title'])}{paper}. License: {show_cell(dataset['license'])}." if dataset else ""
-    )
     rows = [
         [name, *(f"{counts[unit]:,}" for unit in ("samples", "studies", "patients"))] for name, counts in data.items()
     ]
-    shared = [
-        f"Of {show_cell(evaluation.split)}, {evaluation.head['shared_patients']:,} patients and "
-        f"{evaluation.head['shared_images']:,} images are among those that these weights were trained on."
-        for evaluation in evaluations
-        if "shared_patients" in evaluation.head
-    ] or ["It is not known which images these weights were trained on: if some of these, the results are too high."]
-    policies = [f"{name} cells `{show_cell(config[name])}`" for name in ("uncertain", "blank") if name in config]
-    if adopted := config.get("adopted"):
-        made = f"with the weights of `{show_cell(adopted)}`"
-        lacking = ", ".join(label for label in LABELS if label not in labels) or "none"
-        chosen = (
-            "This run trained nothing: it chose calibrations and thresholds on dev. Left out, because the weights have "
-            f"no trained output for them, nobody annotated them here, or they were not asked for: {lacking}."
-        )
-    else:
-        made = "trained on CheXpert-style labels that a program extracted from reports"
-        chosen = f"The checkpoint is the one with the best AUROC on dev: {show_cell(name_choice(config['choose_by']))}."
-        if config["keep"] == "last":
-            chosen = "The checkpoint is the one of the last evaluation."
-    settings = Table("", ("setting", "value"), [[name, show_setting(value)] for name, value in config.items()])
-    parts = [
-        f"A network that scores {len(labels)} finding{'s' * (len(labels) > 1)} on chest radiographs, {made}.",
-        "## Data",
-        f"Shards with the manifest of sha256 `{show_cell(config['manifest'])}`.",
-        about,
-        Table("", ("split", "images used", "studies", "patients"), rows).markdown(),
-        *shared,
-        f"Policies: {', '.join(policies)}.",
-        "## Weights" if adopted else "## Training",
-        settings.markdown(),
-        f"{'These are' if adopted else 'Started from:'} {describe_start(config)}.",
-        chosen,
-    ]
-    return render_card(title, parts, evaluations)
+    settings = [[name, show_setting(value)] for name, value in config.items()]
+    card = open_templates("model.runs").get_template("card.md")
+    text = card.render(
+        config={"adopted": "", "keep": "best"} | dict(config),
+        dataset={"paper": ""} | dict(dataset) if dataset else {},
+        data=Table("", ("split", "images used", "studies", "patients"), rows).markdown(),
+        evaluations=evaluations,
+        settings=Table("", ("setting", "value"), settings).markdown(),
+        start=describe_start(config),
+        lacking=[label for label in LABELS if label not in config["labels"]],
+        choice=name_choice(config.get("choose_by", "all")),
+        cell=show_cell,
+    )
+    return render_card(title, [text], evaluations)
 
 
 def draw_training(history: History) -> list[tuple[str, Markup]]:
@@ -134,18 +107,3 @@ def draw_training(history: History) -> list[tuple[str, Markup]]:
         "AUROC on dev": (partial(draw, ylabel="AUROC, dev", fields=means), "AUROC on dev by epoch"),
     }
     return [(name, draw_svg(plot, text, (4.4, 2.6))) for name, (plot, text) in figures.items()]
-
-
-def draw_cells(axes: "Axes", cells: Floats, star: tuple[int, int] | None = None) -> "QuadMesh":
-    """Cells [H, W] colored and with their numbers, the first row lowest; NaN stays empty, and a star marks one."""
-    edges = (np.arange(length + 1) - 0.5 for length in reversed(cells.shape))
-    low = float(np.nanmin(cells))
-    high = max(float(np.nanmax(cells)), low + 1e-3)
-    mesh = axes.pcolormesh(*edges, cells, cmap="cividis", vmin=low, vmax=high)
-    for (row, column), value in np.ndenumerate(cells):
-        if not np.isnan(value):
-            # On cividis; SVG takes black for the page's ink.
-            color = "#111111" if value > (low + high) / 2 else "white"
-            text = f"\N{BLACK STAR} {value:.3f}" if (row, column) == star else f"{value:.3f}"
-            axes.text(column, row, text, color=color, ha="center", va="center")
-    return mesh

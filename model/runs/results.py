@@ -1,28 +1,43 @@
-"""Scores of a run → its calibration, evaluations, comparisons and pages."""
+"""Scores of a run, or weights from elsewhere → calibration, evaluations, comparisons and pages."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model.runs.config import Assessment, Config, parse_choice, read_config
-from model.runs.folder import result_name
-from model.runs.job import Job, open_images, open_split, selected_splits
-from model.runs.overlap import check_seen, read_seen
+import numpy as np
+import torch
+
+from model.initial import Start
+from model.networks import build_network, load_initial
+from model.runs.config import (
+    Assessment,
+    Config,
+    Setup,
+    learned_columns,
+    name_outputs,
+    open_start,
+    parse_choice,
+    read_config,
+)
+from model.runs.folder import fuse, open_run, record_environment, result_name, save_best
+from model.runs.job import Job, open_images, open_job, open_rows, open_split, selected_splits
+from model.runs.overlap import check_seen, list_seen, read_seen
 from model.runs.predictor import Predictor, Result, forget_calibration, of_job, score_as
 from model.runs.report import render_model_card, render_report
-from model.runs.sanity import score_altered
-from pipeline.base.errors import DataError
+from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import parse_object, write_atomically
 from pipeline.console import say
 from pipeline.identity import ignore
 from pipeline.labels import count_rows
-from pipeline.look.pixels import measure_edges
-from pipeline.measure.delong import combine, measure_areas, report_auroc, weigh_labels
+from pipeline.look.pixels import ALTERATIONS, measure_edges
+from pipeline.measure.delong import average, combine, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Beside, Scored, add_own, combine_views, judge_scores
 from pipeline.measure.evaluation import Evaluation, read_evaluation
-from pipeline.measure.metrics import Floats, averaged_labels, mean_of
+from pipeline.measure.metrics import Floats
 from pipeline.measure.scores import Scores, name_files, open_scores, write_scores
 from pipeline.stream.samples import find_places
 
@@ -41,7 +56,7 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     if not job.ranks.is_first:
         return {}
     forget_calibration(job.run)  # from an earlier best.pt
-    evaluations = {name: evaluate(job, predictor, name, results[name]) for name in names}
+    evaluations = {name: evaluate(job, predictor, results[name], Assessment(split=name)) for name in names}
     write_report(job, predictor, job.run / "report.html", evaluations, {name: results[name].images for name in names})
     data = {}
     for name in names if job.config.adopted else splits:
@@ -54,11 +69,51 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     return evaluations
 
 
-def evaluate_split(job: Job, predictor: Predictor, split: str, how: Assessment) -> Evaluation:
+def choose_settings(start: Start, config: Config, source: Path) -> Config:
+    """The configuration of the run that adopts these weights: settings in their file take precedence over defaults.
+
+    Reports which labels are left out, and why. Raises SettingError if neither the file nor an option gives a setting.
+    """
+    if not (config.arch or start.arch):
+        raise SettingError(f"{start.path} does not say which network it is for: name it by `arch`")
+    known = tuple(label for label in config.labels if label in start.outputs)
+    if not known:
+        raise SettingError(
+            f"{start.path}: no output of {', '.join(config.labels)} is known: name them by `init_labels`"
+        )
+    if lacking := [label for label in config.labels if label not in known]:
+        say(f"{start.path}: no trained output for {', '.join(lacking)}: left out")
+    if not start.scale:
+        say(f"{start.path}: its gray scale is not known: images are scaled by the shards' mean and std")
+    return replace(config, labels=known, uncertain="ignore", adopted=str(source))  # ignore: there is no training
+
+
+def adopt_weights(config: Config, setup: Setup, run: Path) -> None:
+    """Write a run of the weights of `setup.init`, with its evaluations on dev and valid.
+
+    Raises DataError if the weights do not fit or were trained on dev or valid, or if the folder is another run's.
+    """
+    start = open_start(config, setup.init)
+    if start is None or setup.init is None:
+        raise SettingError("adopt needs the weights of `init`: a file, a run, or published ones")
+    job = open_job(choose_settings(start, config, setup.init), setup, run)
+    outputs = name_outputs(job.config)
+    torch.manual_seed(job.config.seed)  # for the unused outputs
+    network = build_network(job.config.arch, len(outputs), job.config.shape)
+    say(f"{start.path}: {load_initial(network, start, outputs, job.config.labels)}")
+    seen = list_seen(job, ["dev"])
+    open_run(run, job.config)
+    record_environment(job)
+    save_best(job, seen, fuse(network, job.config).state_dict(), 0.0, math.nan)
+    finish_run(job)
+
+
+def evaluate_split(job: Job, predictor: Predictor, how: Assessment) -> Evaluation:
     """Score a split, under other conditions if `how` has any, judge the scores, and write the files of `name_results`.
 
     Raises DataError as `check_seen` does, also for the runs to compare with, and for unusable files of scores.
     """
+    split = how.split
     config = replace(job.config, where=how.where or job.config.where, views=how.views or job.config.views)
     scored = replace(job, config=config)
     readers = {name: open_scores(path, calls=True) for name, path in name_files(how.readers).items()}
@@ -81,10 +136,14 @@ def evaluate_split(job: Job, predictor: Predictor, split: str, how: Assessment) 
         values = scores.take(scores.align(images, ignore), config.labels)
         combined = combine_views(images, values, result.images)
         against |= {f"{run}{views}": studies for views, studies in combined.items()}
-    altered = score_altered(predictor, scored, split) if how.sanity else {}
+    level = round(job.manifest.pixels["mean"])  # train's mean gray level, which covers parts
+    altered = {
+        name: predictor.score(scored, split, partial(alter, level)).images.scores
+        for name, alter in (ALTERATIONS if how.sanity else {}).items()
+    }
     beside = Beside(against, calls, result.members, altered)
-    evaluation = evaluate(job, predictor, split, result, how, beside)
-    *_, report = name_results(job, split, how)
+    evaluation = evaluate(job, predictor, result, how, beside)
+    *_, report = name_results(job, how)
     write_report(scored, predictor, report, {split: evaluation}, {split: result.images})
     return evaluation
 
@@ -92,9 +151,8 @@ def evaluate_split(job: Job, predictor: Predictor, split: str, how: Assessment) 
 def evaluate(
     job: Job,
     predictor: Predictor,
-    name: str,
     result: Result,
-    how: Assessment = Assessment(),  # noqa: B008 - immutable
+    how: Assessment,
     beside: Beside = Beside(),  # noqa: B008 - immutable
 ) -> Evaluation:
     """Write a predictor's scores of a split, judge them, and write the evaluation into the job's folder.
@@ -102,7 +160,7 @@ def evaluate(
     Raises DataError if thresholds would have to be chosen on other shards than the run's.
     """
     config, scored, table = job.config, result.images, result.table
-    scores_path, path, _ = name_results(job, name, how)
+    name, (scores_path, path, _) = how.split, name_results(job, how)
     write_scores(scores_path, table, config.labels, scored.scores)
     dev = scored if name == "dev" and not how.conditions else None
     calibration = predictor.calibrate(job, how.sensitivity, how.study, dev)
@@ -117,9 +175,9 @@ def evaluate(
     return evaluation
 
 
-def name_results(job: Job, split: str, how: Assessment) -> tuple[Path, Path, Path]:
+def name_results(job: Job, how: Assessment) -> tuple[Path, Path, Path]:
     """The files of scores, evaluation and report: other conditions and comparisons do not overwrite the plain ones."""
-    name = result_name(job.config, job.shards.digest, split)
+    name = result_name(job.config, job.shards.digest, how.split)
     if how.conditions:
         name += f"-{hashlib.sha256(' '.join(how.conditions).encode()).hexdigest()[:8]}"
     compared = f"{name}-against-{'-'.join(run.name for run in how.against)}"[:200] if how.against else name
@@ -159,13 +217,15 @@ def write_report(
     job: Job, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
 ) -> None:
     """Write the report page of evaluated splits; `images` are their scores."""
-    path = job.run / "metrics.jsonl"
-    trained = len(predictor.configs) == 1 and not job.config.adopted  # an ensemble has no training history
-    lines = path.read_bytes().splitlines() if trained else []
-    history = [parse_object(path, line) for line in lines]
     settings, dataset = describe_settings(job, predictor), job.manifest.dataset
-    page = render_report(job.run.name, settings, history, [*evaluations.values()], images, dataset)
+    page = render_report(job.run.name, settings, read_history(job.run), [*evaluations.values()], images, dataset)
     write_atomically(file, page.encode())
+
+
+def read_history(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; none for an ensemble or a run that was not trained. Raises DataError."""
+    path = run / "metrics.jsonl"
+    return [parse_object(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def describe_settings(job: Job, predictor: Predictor) -> dict[str, object]:
@@ -198,6 +258,16 @@ def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
     return line["macro_auroc"] if score is None else score
 
 
+def read_scored(job: Job, run: Path, name: str) -> Scored:
+    """The scores that a run has written of a split, with truth, for the samples of a job; NaN for samples without."""
+    chosen = open_rows(job, name)
+    table, columns = chosen.split.table.take(chosen.rows), np.array(learned_columns(job.config))
+    cells = np.ix_(chosen.rows, columns)
+    written = open_scores(run / f"scores-{name}.arrow")
+    scores = written.take(written.align(table, ignore), job.config.labels)
+    return Scored.of(scores, chosen.truth.target[cells], chosen.truth.mask[cells], table)
+
+
 def measure_run(job: Job) -> dict[str, float | None]:
     """A finished run's AUROC on dev, which chose the checkpoint, and AUROCs to compare.
 
@@ -205,27 +275,23 @@ def measure_run(job: Job) -> dict[str, float | None]:
     classes in all three; `same_labels` is their number.
     """
     names = job.config.labels
-    predictor = of_job(job)
-    scored = {"train": predictor.score(job, "train", most=TRAIN_SAMPLES).images}
-    if "valid" in selected_splits(job):
-        scored["valid"] = predictor.score(job, "valid").images
-    labels: dict[str, Any] = {name: report_auroc(names, *images[:4])["labels"] for name, images in scored.items()}
-    chosen_on = read_evaluation(job.run / "evaluation-dev.json")
-    rows = {name: chosen_on.get("auroc", name) for name in names}
-    labels["dev"] = {name: {"auroc": row.value} for name, row in rows.items()}
-    means = averaged_labels({name: row.few for name, row in rows.items() if row.value is not None})
+    scored = {"train": of_job(job).score(job, "train", most=TRAIN_SAMPLES).images}
+    for split in {"dev", "valid"} & {*selected_splits(job)}:
+        images = read_scored(job, job.run, split)
+        scored[split] = images.take(~np.isnan(images.scores).any(axis=1))
+    areas = {split: measure_areas(*images[:4]) for split, images in scored.items()}
+    means = average(names, areas["dev"])
     chosen = parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
-    same = [name for name in chosen if all(aurocs[name]["auroc"] is not None for aurocs in labels.values())]
-    figures = {split: mean_of(aurocs, same, "auroc") for split, aurocs in labels.items()}
-    limits: dict[str, float | None] = dict.fromkeys(("low", "high"))
-    if "valid" in scored:
-        limits = combine(measure_areas(*scored["valid"][:4]), weigh_labels(names, same))
+    undefined = np.any([np.isnan(each.value) for each in areas.values()], axis=0)
+    same = [name for name in chosen if not undefined[names.index(name)]]
+    figures = {split: combine(each, weigh_labels(names, same)) for split, each in areas.items()}
+    valid = figures.get("valid", dict.fromkeys(("value", "low", "high")))
     return {
-        "dev_auroc": mean_of(labels["dev"], chosen, "auroc"),
+        "dev_auroc": combine(areas["dev"], weigh_labels(names, chosen))["value"],
         "same_labels": len(same),
-        "dev_same_auroc": figures["dev"],
-        "train_auroc": figures["train"],
-        "valid_auroc": figures.get("valid"),
-        "valid_low": limits["low"],
-        "valid_high": limits["high"],
+        "dev_same_auroc": figures["dev"]["value"],
+        "train_auroc": figures["train"]["value"],
+        "valid_auroc": valid["value"],
+        "valid_low": valid["low"],
+        "valid_high": valid["high"],
     }

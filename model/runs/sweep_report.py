@@ -9,34 +9,27 @@ from functools import partial, reduce
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from model.runs.config import learned_columns, parse_choice
-from model.runs.job import Job, open_rows
-from model.runs.report import draw_cells
-from model.runs.results import choice_score
+from model.runs.config import parse_choice
+from model.runs.job import Job
+from model.runs.results import choice_score, read_history, read_scored
 from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
-from pipeline.base.files import locked, parse_object, write_atomically, write_csv
+from pipeline.base.files import locked, write_atomically, write_csv
 from pipeline.base.tabular import Table
-from pipeline.identity import ignore
 from pipeline.measure.delong import Areas, average, combine, measure_areas, weigh_labels
-from pipeline.measure.metrics import Figure, Floats
-from pipeline.measure.scores import open_scores
+from pipeline.measure.evaluate import Scored
+from pipeline.measure.metrics import Figure
 
-MAP = matplotlib.colormaps["cividis"]
 AXES = ("lr", "weight_decay")  # of the planes
 NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "batch size"}
 METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the checkpoint kept"}
 # As `results.measure_run` names them.
 FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_auroc", "valid_low", "valid_high"]
-FEW = 6  # values of a parameter that are evenly spaced; more are on a logarithmic scale
-LEVELS = 12  # of the contours between many points
+FEW = 6  # values of a parameter, each with a tick
 Plane = Mapping[tuple[Any, Any], Trial]  # by the values of AXES
 Curves = Mapping[int, Sequence[tuple[float, float]]]  # by the trial's number: epoch and AUROC on dev of each evaluation
 
@@ -54,23 +47,19 @@ def compare_settings(job: Job, trials: Sequence[Trial]) -> list[Setting]:
 
     Differences are on the samples that all trials scored, and on the labels that choose checkpoints.
     """
-    chosen, labels = open_rows(job, "dev"), job.config.labels
-    table = chosen.split.table.take(chosen.rows)
+    labels = job.config.labels
     groups: dict[str, list[Trial]] = {}
-    scores: dict[int, Floats] = {}
+    scored: dict[int, Scored] = {}
     for trial in rank(trials):
         if trial.dev is not None:
             values = {NAMES.get(name, name): value for name, value in trial.parameters.items() if name != "seed"}
             name = ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
             groups.setdefault(name or "all seeds", []).append(trial)
-            written = open_scores(trial.run / "scores-dev.arrow")
-            scores[trial.number] = written.take(written.align(table, ignore), labels)
+            scored[trial.number] = read_scored(job, trial.run, "dev")
     if not groups:
         return []
-    scored = ~np.isnan(list(scores.values())).any(axis=(0, 2))
-    rows, columns, patient = chosen.rows[scored], learned_columns(job.config), table["patient"].to_numpy()[scored]
-    target, mask = chosen.truth.target[rows][:, columns], chosen.truth.mask[rows][:, columns]
-    areas = {number: measure_areas(values[scored], target, mask, patient) for number, values in scores.items()}
+    usable = ~np.isnan([images.scores for images in scored.values()]).any(axis=(0, 2))
+    areas = {number: measure_areas(*images.take(usable)[:4]) for number, images in scored.items()}
     means = average(labels, next(iter(areas.values())))
     share = weigh_labels(labels, parse_choice(job.config.choose_by) or means["macro10"] or means["macro"])
     ranked = dict(sorted(groups.items(), key=lambda item: -fmean(trial.dev or 0 for trial in item[1])))
@@ -99,11 +88,11 @@ def tabulate_settings(settings: Sequence[Setting], choice: str) -> Table:
 
 def write_sweep_report(sweep: Sweep, trials: Sequence[Trial], settings: Sequence[Setting], then: str) -> None:
     """Write sweep.csv and report.html into the sweep's folder; `then` is the command that uses the best setting."""
-    curves: dict[int, list[tuple[float, float]]] = {}
-    for trial in trials:
-        path, choose_by = trial.run / "metrics.jsonl", sweep.options.get("choose_by", "all")
-        lines = [parse_object(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
-        curves[trial.number] = [(line["epoch"], choice_score(line, choose_by) or 0.0) for line in lines]
+    choose_by = sweep.options.get("choose_by", "all")
+    curves = {
+        trial.number: [(line["epoch"], choice_score(line, choose_by) or 0.0) for line in read_history(trial.run)]
+        for trial in trials
+    }
     page = render_sweep(sweep.folder.name, trials, sweep.choice, curves, settings, then)
     with locked(sweep.folder / ".lock"):  # processes that share a sweep may finish at once
         write_csv(sweep.folder / "sweep.csv", list_rows(trials))
@@ -165,12 +154,10 @@ def render_sweep(
         errors={trial.number: trial.error for trial in ranked if trial.error},
         done=done,
         parameters={name: NAMES.get(name, name) for name in varying},
-        hints=list(hint_at_edges(done)),
         planes=planes,
         slices=slices,
         notes=METRICS,
         choice=choice,
-        many=any(len({trial.parameters[name] for trial in done}) > FEW for name in varying),
         curves=draw(shown, "learning curves", (4.6, 3.6)) if any(curves.values()) else None,
         show=show_value,
     )
@@ -179,19 +166,6 @@ def render_sweep(
 def show_value(value: object) -> str:
     """A parameter's value as users type it."""
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
-    """A value to try next, for each parameter whose best value is the lowest or highest tried."""
-    for name, best in done[0].parameters.items() if done else ():
-        values = sorted({trial.parameters[name] for trial in done})
-        if name == "seed" or not isinstance(best, (int, float)) or not 1 < len(values) <= FEW:
-            continue
-        for edge, neighbor, which in ((values[0], values[1], "lowest"), (values[-1], values[-2], "highest")):
-            if best == edge and edge and neighbor:
-                further = show_value(float(f"{edge * min(max(edge / neighbor, 0.1), 10):.2g}"))  # a decade at most
-                shown = f"{NAMES.get(name, name)}, {show_value(best)}"
-                yield f"The best {shown}, is the {which} of those tried: try {further}, too."
 
 
 def best_points(trials: Sequence[Trial], metric: str) -> Plane:
@@ -203,45 +177,33 @@ def best_points(trials: Sequence[Trial], metric: str) -> Plane:
     return points
 
 
-def place(axis: Axis, values: Sequence[Any], name: str) -> list[float]:
-    """Positions of a parameter's values on an axis; sets the axis's ticks and name.
+def place(axes: Axes, side: str, values: Sequence[Any], name: str) -> list[float]:
+    """The positions of a parameter's values on axis x or y, which gets its name and ticks.
 
-    FEW values are evenly spaced, more numbers on a logarithmic scale; 0 is a decade below the lowest other.
+    Numbers lie on a logarithmic scale, with 0 a decade below the lowest other one; words lie side by side.
     """
     known = sorted(set(values))
     places = {value: float(number) for number, value in enumerate(known)}
-    if len(known) > FEW and not isinstance(known[0], str):
-        lowest = min(value for value in known if value > 0)
-        places = {value: float(np.log10(value or lowest / 10)) for value in known}
-        known = [known[0], known[len(known) // 2], known[-1]]
-    axis.set_ticks(
-        [places[value] for value in known], [value if isinstance(value, str) else f"{value:.3g}" for value in known]
-    )
-    axis.set_label_text(NAMES.get(name, name))
+    if not isinstance(known[0], str):
+        lowest = min((value for value in known if value > 0), default=1)
+        getattr(axes, f"set_{side}scale")("symlog", linthresh=lowest, linscale=0.9)
+        places = {value: float(value) for value in known}
+        known = known if len(known) <= FEW else [known[0], known[len(known) // 2], known[-1]]
+    getattr(axes, f"set_{side}ticks")([places[value] for value in known], map(show_value, known))
+    axes.set(**{f"{side}label": NAMES.get(name, name)})
     return [places[value] for value in values]
 
 
 def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
-    """A metric over both AXES: a cell with its number per point, or contours between many; a star at the best one."""
-    x, y = (
-        place(axis, values, name)
-        for axis, values, name in zip((axes.xaxis, axes.yaxis), zip(*points, strict=True), AXES, strict=True)
-    )
+    """A metric over both AXES: a colored point for each pair of values, few with their numbers; a star at the best."""
+    sides = zip("xy", zip(*points, strict=True), AXES, strict=True)
+    x, y = (place(axes, *side) for side in sides)
     values = np.array([trial.figures[f"{metric}_auroc"] for trial in points.values()], float)
-    width, height = len(set(x)), len(set(y))
-    drawn: Any
-    if max(width, height) <= FEW:
-        cells = np.full((height, width), np.nan)
-        cells[np.array(y, int), np.array(x, int)] = values
-        drawn = draw_cells(axes, cells, (int(y[0]), int(x[0])))
-    else:
-        scale = Normalize(values.min(), max(values.max(), values.min() + 1e-3))
-        corners = np.column_stack([x, y])
-        axes.use_sticky_edges = False  # room for the outer points
-        if np.linalg.matrix_rank(corners - corners[0]) == 2:
-            axes.tricontourf(x, y, values, LEVELS, cmap=MAP, norm=scale)
-        drawn = axes.scatter(x, y, c=values, cmap=MAP, norm=scale, edgecolors=pages.INK, linewidths=0.8, s=36)
-        axes.plot(x[0], y[0], "*", markersize=17, markerfacecolor="white", markeredgecolor="black")
+    axes.margins(0.15)
+    drawn = axes.scatter(x, y, c=values, cmap="cividis", edgecolors=pages.INK, linewidths=0.8, s=80)
+    axes.plot(x[0], y[0], "*", markersize=17, markerfacecolor="white", markeredgecolor="black")
+    for right, up, value in zip(x, y, values, strict=True) if len(points) <= FEW**2 else ():
+        axes.annotate(f"{value:.3f}", (right, up), (0, 9), textcoords="offset points", ha="center")
     figure = axes.get_figure()
     if figure is not None:
         figure.colorbar(drawn, ax=axes).outline.set_visible(False)
@@ -249,7 +211,7 @@ def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
 
 def draw_slice(axes: Axes, trials: Sequence[Trial], name: str) -> None:
     """AUROC on dev by a parameter, of ranked finished trials; a star at the best one."""
-    places = place(axes.xaxis, [trial.parameters[name] for trial in trials], name)
+    places = place(axes, "x", [trial.parameters[name] for trial in trials], name)
     scores = [trial.dev or 0.0 for trial in trials]
     axes.plot(places, scores, "o", color=pages.FIRST, markersize=4)
     axes.plot(places[0], scores[0], "*", color=pages.SECOND, markersize=13)

@@ -7,28 +7,25 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from model.names import AUGMENTATIONS, check_arch, parse_shape
+from model.names import AUGMENTATIONS, parse_shape
 from model.runs.config import (
     IMAGE_SIZE,
+    READ,
+    SCORED_BY,
     SIZE,
     SIZE_HELP,
     Assessment,
     Config,
-    Data,
-    OwnData,
     Setup,
-    SharedImages,
-    Workers,
-    check_folders,
+    check_runs,
     learned_columns,
-    network_option,
     read_config,
     run_option,
 )
@@ -45,42 +42,44 @@ if TYPE_CHECKING:
     from model.runs.predictor import Decision, Predictor
 
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
+CHECK = run_option(False, "Only check the options, which needs no shards.")
 VARIANTS = 4  # number of epochs that `inputs` shows
+# Settings of `adopt`
+ADOPTED = ("arch", "init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The run that a command makes or uses."""
+
+    run: Path = run_option(..., "Folder of the run.")
+    check: bool = CHECK
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The runs, or the ensemble, that a command uses."""
+    """The runs, or the ensemble, that a command uses, and thresholds for decisions on their scores."""
 
     runs: tuple[Path, ...] = run_option(
         ..., "Folder of the run, or of an ensemble; several make an ensemble.", flag="run"
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decided(Runs):
-    """Runs, and thresholds for decisions on their scores."""
-
     threshold: str = option("none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated(Assessment, SharedImages, Workers, OwnData, Runs):
-    """Options of `evaluate`."""
-
-    out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
-    split: str = option("valid", "Split to score; --shards may differ from the training shards.")
     png: Path | None = pictures_option()
 
 
-@command("evaluate", Evaluated, example="python -m train evaluate --run runs/first --split valid")
-def evaluate_command(given: Evaluated) -> int:
+@command(
+    "evaluate",
+    Fields(Runs, ("runs", "png")),
+    Assessment,
+    Fields(Setup, SCORED_BY),
+    example="python -m train evaluate --run runs/first --split valid",
+)
+def evaluate_command(given: Runs, how: Assessment, setup: Setup) -> int:
     """Score the run's best checkpoint on a split; of several runs, the mean of their calibrated scores.
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
     """
-    data = given.of(given.runs[0])
-    check_folders(data.shards, given.runs)
+    setup = setup.checked(*given.runs)
     from model.ranks import listen
     from model.runs.predictor import open_predictor, open_scoring
     from model.runs.results import evaluate_split, name_results
@@ -89,17 +88,35 @@ def evaluate_command(given: Evaluated) -> int:
     listen()
     predictor = open_predictor(given.runs)
     refuse_usage(
-        given.out is not None and predictor.folder is not None,
+        how.out is not None and predictor.folder is not None,
         f"--out is for several --run: the results of {predictor.name} go into its folder",
     )
-    job = replace(open_scoring(predictor, given.out, data.open(), given.workers), shared_images=given.shared_images)
+    job = open_scoring(predictor, how.out, setup)
     with pictures(given.png):
-        evaluation = evaluate_split(job, predictor, given.split, given)
+        evaluation = evaluate_split(job, predictor, how)
     print_evaluation(evaluation)
-    for path in name_results(job, given.split, given):
+    for path in name_results(job, how):
         echo(f"{path}: written")
     say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
     return 0
+
+
+def print_run(run: Path) -> None:
+    """Print the evaluations of a run that has ended."""
+    from pipeline.look.judged import tabulate_auroc, tabulate_verdicts
+    from pipeline.measure.evaluation import MEANS, read_evaluation
+
+    paths = [run / f"evaluation-{name}.json" for name in ("dev", "valid")]
+    evaluations = [read_evaluation(path) for path in paths if path.exists()]
+    tabulate_auroc(evaluations).print()
+    tabulate_verdicts(evaluations[-1]).print()
+    name = evaluations[0].best_mean()
+    mean = evaluations[0].get("auroc", name)
+    if mean.low is not None and mean.low <= 0.5:
+        guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
+        say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
+    echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
+    say_next(*TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
 
 
 def repeat(option: str, values: Iterable[object]) -> list[object]:
@@ -116,7 +133,7 @@ def check_pattern(text: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction(Workers, Decided):
+class Prediction:
     """Options of `predict`."""
 
     images: tuple[Path, ...] = option(..., argument=True, type=EXISTING)
@@ -132,22 +149,14 @@ class Prediction(Workers, Decided):
     heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
 
-    def find(self) -> list[Path]:
+    def list_files(self) -> list[Path]:
         """The image files. Before scoring, refuses unwritable output and input without images."""
-        from model.runs.views import IMAGE_SUFFIXES, find_images
+        from model.runs.views import find_images
 
-        files: list[Path] = []
-        for path in self.images:
-            images, others = find_images(path)
-            files += images
-            for suffix, count in others.items():
-                say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
+        check_folder(self.out)
+        files = find_images(self.images)
         same = any(self.out.exists() and file.samefile(self.out) for file in files)
         refuse_usage(same, f"--out {self.out} is one of the images")
-        check_folder(self.out)
-        if not files:
-            raise DataError(f"{', '.join(map(str, self.images))}: no {', '.join(IMAGE_SUFFIXES)} file")
-        check_folders(runs=self.runs)
         return files
 
     def group(self, files: Sequence[Path], predictor: "Predictor") -> dict[str, list[Path]]:
@@ -162,22 +171,29 @@ class Prediction(Workers, Decided):
         return group_files(files, by, math.inf if fusion is None else MOST_VIEWS)
 
 
-@command("predict", Prediction, example="python -m train predict --run runs/first --out scores.csv images/")
-def predict_command(given: Prediction) -> int:
+@command(
+    "predict",
+    Fields(Runs, ("runs", "threshold")),
+    Prediction,
+    Fields(Setup, ("workers",)),
+    example="python -m train predict --run runs/first --out scores.csv images/",
+)
+def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
 
     Of several runs, the mean of their calibrated scores. A run on studies scores the images of a study together;
     --group-by combines scores of images, as evaluate does.
     """
-    files = given.find()
+    files = given.list_files()
+    check_runs(chosen.runs)
     from model.runs.predictor import open_predictor
 
-    predictor, out = open_predictor(given.runs), given.out
+    predictor, out = open_predictor(chosen.runs), given.out
     config = predictor.config
     samples = given.group(files, predictor)
     combined = given.group_by is not None and config.fusion is None
-    decision = predictor.decide(given.threshold, "study" if combined else "image")
-    raw, bad = predictor.score_files(list(samples.values()), given.workers, decision.combine)
+    decision = predictor.decide(chosen.threshold, "study" if combined else "image")
+    raw, bad = predictor.score_files(list(samples.values()), setup.workers, decision.combine)
     for file, reason in bad:
         say(f"{file}: {reason}")
     if len(bad) == len(files):
@@ -202,7 +218,7 @@ def predict_command(given: Prediction) -> int:
         count = write_heatmaps(member, files, scores, given.heatmaps, given.heatmap_labels)
         echo(f"{given.heatmaps}: {count_of(count, 'heat map')}")
     if config.fusion is None:
-        say_next(*TRAIN, "export", *repeat("--run", given.runs), "--out", "model.onnx")
+        say_next(*TRAIN, "export", *repeat("--run", chosen.runs), "--out", "model.onnx")
     return 3 if given.strict and bad else 0
 
 
@@ -212,34 +228,39 @@ def show_number(value: float) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Decided):
+class Export:
     """Options of `export`."""
 
     out: Path = option(..., ".onnx or .pt2", type=FILE)
 
 
-@command("export", Export, example="python -m train export --run runs/first --out model.onnx")
-def export_command(given: Export) -> int:
+@command(
+    "export",
+    Fields(Runs, ("runs", "threshold")),
+    Export,
+    example="python -m train export --run runs/first --out model.onnx",
+)
+def export_command(chosen: Runs, given: Export) -> int:
     """Write the run's best network for other programs: uint8 images [B, 1, H, W] in, calibrated scores [B, L] out.
 
     Of several runs, one network for all. With --threshold also decisions, bool [B, L]. The L labels are those that the
     run learned, in their usual order.
     """
     check_folder(given.out)
-    check_folders(runs=given.runs)
+    check_runs(chosen.runs)
     from model.export import Reading, Scorer, export_scorer
     from model.runs.predictor import open_predictor
 
-    predictor = open_predictor(given.runs)
+    predictor = open_predictor(chosen.runs)
     config = predictor.config
     if config.fusion:
         raise DataError(f"{predictor.name}: only networks for images can be exported, not for studies")
     if len({member.shape for member in predictor.configs.values()}) > 1:
         raise DataError(f"{predictor.name}: the members have different `image_size`, so one file cannot hold them")
-    decision = predictor.decide(given.threshold)
+    decision = predictor.decide(chosen.threshold)
 
-    def read_fits(chosen: Mapping[str, Calibration] | None) -> list[Fit | None]:
-        return [] if chosen is None else [read_fit(chosen[label]) for label in config.labels]
+    def read_fits(fits: Mapping[str, Calibration] | None) -> list[Fit | None]:
+        return [] if fits is None else [read_fit(fits[label]) for label in config.labels]
 
     columns = learned_columns(config)
     members = [
@@ -286,41 +307,28 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adoption:
-    """Options of `adopt`."""
-
-    run: Path = run_option(..., "Folder of the run.")
-    arch: str | None = network_option(
-        None, "Network that the weights are for.", check=check_arch, metavar="NAME", shown="as the file says"
-    )
-
-
 @command(
     "adopt",
-    Adoption,
-    Fields(Setup, ("shards", "cache", "cache_size", "workers", "init")),
-    Fields(Config, ("init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")),
+    Fields(Place, ("run",)),
+    Fields(Setup, (*READ, "workers", "init")),
+    Fields(Config, ADOPTED),
     example="python -m train adopt --init xrv:densenet121-res224-all --shards shards --run runs/xrv",
 )
-def adopt_command(given: Adoption, setup: Setup, config: Config) -> int:
+def adopt_command(place: Place, setup: Setup, config: Config) -> int:
     """Make a run of the weights of --init without training: calibrated on dev, and evaluated on dev and valid.
 
     Labels that the weights have no output for are left out.
     """
-    check_folders(setup.shards)
-    from model.runs.adopt import adopt_weights
-    from pipeline.look.judged import print_evaluation
+    setup = setup.checked()
+    from model.runs.results import adopt_weights
 
-    for evaluation in adopt_weights(config, setup, given.run, given.arch):
-        print_evaluation(evaluation)
-    echo(f"{given.run / 'report.html'}: the same with curves, intervals and subgroups")
-    say_next(*TRAIN, "predict", "--run", given.run, "--out", "scores.csv", "IMAGES")
+    adopt_weights(config, setup, place.run)
+    print_run(place.run)
     return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs(Data):
+class Inputs:
     """Options of `inputs`."""
 
     split: str = option("train")
@@ -332,8 +340,13 @@ class Inputs(Data):
     out: Path = option(..., "Picture: .png or .jpg.", type=FILE)
 
 
-@command("inputs", Inputs, example="python -m train inputs --shards shards --augment crop --out inputs.png")
-def inputs_command(given: Inputs) -> None:
+@command(
+    "inputs",
+    Inputs,
+    Fields(Setup, READ),
+    example="python -m train inputs --shards shards --augment crop --out inputs.png",
+)
+def inputs_command(given: Inputs, setup: Setup) -> None:
     """Draw images as training reads them, before and after augmentation.
 
     As in the first step of the first epochs, were these images the batch.
@@ -343,13 +356,13 @@ def inputs_command(given: Inputs) -> None:
     out, kind, seed = given.out, given.augment, given.seed
     refuse_usage(out.suffix.lower() not in FORMATS, f"--out {out}: the name must end in {' or '.join(FORMATS)}")
     check_folder(out)
-    check_folders(given.shards)
+    setup = setup.checked()
     import torch
 
     from model.augment import augment
     from pipeline.stream.select import select_rows
 
-    collection = given.open()
+    collection = setup.open()
     opened = collection.open(given.split)
     rows = select_rows(opened.table, given.where)
     chosen = spread_rows(rows, given.n, seed)
@@ -367,14 +380,13 @@ def inputs_command(given: Inputs) -> None:
     save_sheet(draw_variants(title, opened, chosen, parse_shape(given.image_size), vary), out)
     echo(f"{out}: {title}")
     how = ("--augment", kind, "--image-size", given.image_size, "--run", "RUN")
-    say_next(*TRAIN, *repeat("--shards", given.shards), *how)
+    say_next(*TRAIN, *repeat("--shards", setup.shards), *how)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Localization(SharedImages, OwnData):
+class Localization:
     """Options of `localize`."""
 
-    run: Path = run_option(..., "Folder of the run.")
     boxes: Path = option(
         ...,
         "CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON.",
@@ -383,25 +395,29 @@ class Localization(SharedImages, OwnData):
     splits: tuple[str, ...] = option(("valid",), "Split of the shards; several are pooled.", flag="split")
 
 
-@command("localize", Localization, example="python -m train localize --run runs/first --boxes boxes.csv --split valid")
-def localize_command(given: Localization) -> int:
+@command(
+    "localize",
+    Fields(Place, ("run",)),
+    Localization,
+    Fields(Setup, (*READ, "shared_images")),
+    example="python -m train localize --run runs/first --boxes boxes.csv --split valid",
+)
+def localize_command(place: Place, given: Localization, setup: Setup) -> int:
     """Measure how often the run's heat maps hit what readers marked, and how much they overlap.
 
     Baselines: chance, and the average heat map of other patients.
     """
-    run, splits, boxes, data = given.run, given.splits, given.boxes, given.of(given.run)
-    check_folders(data.shards)
+    run, splits, boxes, setup = place.run, given.splits, given.boxes, setup.checked(place.run)
     config = read_config(run)
     from model.ranks import listen
-    from model.runs.explain import draw_cells, read_marks, tabulate_localization
+    from model.runs.explain import draw_cells, tabulate_localization
     from model.runs.folder import result_name
     from model.runs.job import Job
-    from pipeline.measure.localization import measure_localization
+    from pipeline.measure.localization import measure_localization, read_marks
 
     listen()
-    collection = data.open()
-    shared = given.shared_images
-    job = Job(config, collection, run, Setup(workers=1), shared_images=shared)
+    collection = setup.open()
+    job = Job(config, collection, run, setup)
     marks = read_marks(boxes)
     cells = list(draw_cells(job, splits, marks))
     if not cells:
@@ -414,5 +430,5 @@ def localize_command(given: Localization) -> int:
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
         say("Warning: the run was trained on train, and dev chose its weights: it has seen these images")
-    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", data.shards), "--split", splits[0], "--sanity")
+    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", setup.shards), "--split", splits[0], "--sanity")
     return 0

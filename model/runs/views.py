@@ -3,7 +3,7 @@
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from model.names import UNKNOWN_FRONTAL
 from model.runs.config import Config
 from pipeline.base.errors import DataError
+from pipeline.console import say
 from pipeline.images import Gray, ImageError, ImageOptions, decode_stored, find_position, prepare, resize
 from pipeline.labels import POSITIONS, PROJECTIONS
 
@@ -31,14 +32,22 @@ class View(NamedTuple):
     fault: str = ""
 
 
-def find_images(path: Path) -> tuple[list[Path], dict[str, int]]:
-    """The file itself, or the image files below a folder, sorted; and how many other files it has, by suffix."""
-    if path.is_file():
-        return [path], {}
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    images = {file: None for file in files if _is_image(file)}
-    others = Counter(file.suffix.lower() or "other" for file in files if file not in images)
-    return list(images), dict(sorted(others.items()))
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the image files below the folders, sorted; reports how many other files are skipped.
+
+    Raises DataError if there is none.
+    """
+    images: list[Path] = []
+    for path in paths:
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        chosen = [file for file in files if file == path or _is_image(file)]
+        others = Counter(file.suffix.lower() or "other" for file in {*files} - {*chosen})
+        for suffix, count in sorted(others.items()):
+            say(f"{path}: {count:,} {suffix} files skipped: only JPEG, PNG and DICOM can be read")
+        images += chosen
+    if not images:
+        raise DataError(f"{', '.join(map(str, paths))}: no {', '.join(IMAGE_SUFFIXES)} file")
+    return images
 
 
 def _is_image(file: Path) -> bool:

@@ -1,10 +1,17 @@
-"""Shards → gray levels of each image: at its edge, where no disease is visible, and overall.
+"""Shards → gray levels of each image: at its edge, where no disease is visible, and overall; images → altered ones.
 
 Images are read in table order and measured at 224 × 224 pixels, so that corners are comparable across formats.
+
+Does a network look at the lungs? One that still predicts a label with the center of the image covered uses something
+else: a letter, a border or the brightness of the corners. One that predicts it from shuffled patches uses texture or
+brightness, not anatomy. (The test of Maguolo and Nanni, A critic evaluation of methods for COVID-19 automatic detection
+from X-ray images, 2021.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -22,6 +29,8 @@ CORNER = SIDE // 6  # from the edge to a corner's inner sides: outside the centr
 LETTER = 12  # pixels, at least, of a letter in a corner
 ANY_POLICY = {"uncertain": "zeros", "blank": "zeros"}  # labels are not used
 BLACK, SATURATED = 5, 250  # gray levels: at most, at least
+CENTER = 0.8  # fraction of each side of an altered image's center; the lungs lie within
+PATCHES = 8  # along each side of an image whose patches are shuffled
 _FIRST, _LAST = slice(EDGE, CORNER), slice(SIDE - CORNER, SIDE - EDGE)
 CORNERS = {
     "upper left": np.s_[:, _FIRST, _FIRST],
@@ -29,6 +38,7 @@ CORNERS = {
     "lower left": np.s_[:, _LAST, _FIRST],
     "lower right": np.s_[:, _LAST, _LAST],
 }
+Images = npt.NDArray[np.uint8]  # [N, 1, H, W]
 
 
 def measure_shards(
@@ -88,5 +98,41 @@ def measure_content(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     }
 
 
+def cover_center(level: int, images: Images) -> Images:
+    """The images with the central box, `CENTER` of each side, set to one gray level."""
+    covered = images.copy()
+    covered[_center(images)] = level
+    return covered
+
+
+def cover_border(level: int, images: Images) -> Images:
+    """The images with everything except the central box set to one gray level."""
+    covered = np.full_like(images, level)
+    covered[_center(images)] = images[_center(images)]
+    return covered
+
+
+def shuffle_patches(level: int, images: Images) -> Images:
+    """The images with their 8×8 patches shuffled, in the same order for all; the remaining edge is set to `level`."""
+    height, width = (side // PATCHES for side in images.shape[2:])
+    cropped = images[..., : height * PATCHES, : width * PATCHES]
+    patches = cropped.reshape(-1, 1, PATCHES, height, PATCHES, width).swapaxes(3, 4)
+    order = np.argsort(np.random.Philox(key=0).random_raw(PATCHES**2), kind="stable")
+    moved = patches.reshape(-1, 1, PATCHES**2, height, width)[:, :, order].reshape(patches.shape).swapaxes(3, 4)
+    shuffled = np.full_like(images, level)
+    shuffled[..., : height * PATCHES, : width * PATCHES] = moved.reshape(cropped.shape)
+    return shuffled
+
+
+ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
+    {"center covered": cover_center, "center alone": cover_border, "patches shuffled": shuffle_patches}
+)
+
+
 def _concatenate(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _center(images: Images) -> tuple[Any, ...]:
+    margins = (round(side * (1 - CENTER) / 2) for side in images.shape[2:])
+    return (..., *(slice(margin, side - margin) for side, margin in zip(images.shape[2:], margins, strict=True)))

@@ -5,15 +5,25 @@ map's values of at least `THRESHOLD` with the boxes. The boxes' share of the ima
 point hits, and also the IoU of marking everything.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
+from pipeline.base.csvs import demand, read_strings
+from pipeline.base.errors import DataError, quote
+from pipeline.base.files import read_object
+from pipeline.labels import LABELS
 from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Floats, Names, mean_limits, wilson_limits
 
 THRESHOLD = 0.5
+OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
+# Readers' marks by key and label: boxes (left, top, width, height), or a mask [H, W] of the original image.
+Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | Bools]]
+_NUMBER = r"^-?\d+(\.\d+)?$"
 
 
 class Cell(NamedTuple):
@@ -23,6 +33,56 @@ class Cell(NamedTuple):
     patient: str
     heat: npt.NDArray[np.float32]
     marked: Bools
+
+
+def read_marks(path: Path) -> Marks:
+    """Readers' marks, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError with the location."""
+    if path.suffix.lower() == ".json":
+        return {key: _read_masks(path, key, rles) for key, rles in read_object(path).items()}
+    if not path.name.lower().endswith((".csv", ".csv.gz")):
+        raise DataError(f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code")
+    names = ("key", "label", "x", "y", "w", "h")
+    table = read_strings(path, names)
+    for name in names[2:]:
+        demand(path, name, table[name], pc.match_substring_regex(table[name], _NUMBER), "is not a number")
+    boxes: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for key, label, *box in zip(*(column.to_pylist() for column in table.columns), strict=True):
+        boxes.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(tuple(map(float, box)))
+    return boxes
+
+
+def _read_masks(path: Path, key: str, rles: Any) -> dict[str, Any]:
+    """The non-empty masks of an image."""
+    try:
+        masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in rles.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
+    return {label: mask for label, mask in masks.items() if mask.any()}
+
+
+def _check_label(path: Path, name: object) -> str:
+    label = OTHER_NAMES.get(str(name), str(name))
+    if label not in LABELS:
+        raise DataError(f"{path}: '{quote(label, 80)}' is none of {', '.join(LABELS)}")
+    return label
+
+
+def mark_image(
+    mark: list[tuple[float, ...]] | Bools, row: Mapping[str, Any], square: str, shape: tuple[int, int]
+) -> Bools:
+    """Readers' marks on the image of a label table's row, as a mask of the network's input [H, W].
+
+    `square` is as in `frame_of`. Raises DataError for boxes on an image of unknown size.
+    """
+    if isinstance(mark, np.ndarray):
+        # The mask has the original image's size; the shards may hold a smaller copy.
+        return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), shape)
+    if row.get("width") is None or row.get("height") is None:
+        raise DataError(
+            f"{row['key']}: these shards do not record the image's original size; "
+            "write them again with `pipeline shards`"
+        )
+    return mark_boxes(mark, frame_of(square, row["width"], row["height"]), shape)
 
 
 def frame_of(square: str, width: float, height: float) -> tuple[float, float, float, float]:

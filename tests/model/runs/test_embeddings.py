@@ -17,9 +17,9 @@ from torchvision.models import resnet18
 import train
 from model import networks
 from model.checkpoint import load_checkpoint, save_checkpoint
-from model.frozen import embed
 from model.networks import build_network
 from model.runs import embeddings
+from model.runs.embeddings import embed
 from model.runs.job import Job
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS

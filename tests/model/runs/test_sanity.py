@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from model.runs.sanity import ALTERATIONS
 from pipeline.labels import LABELS
+from pipeline.look.pixels import ALTERATIONS
 from pipeline.manifest import Manifest
 from pipeline.measure.evaluate import ALTERED
 from pipeline.measure.evaluation import MEANS, read_evaluation

@@ -41,7 +41,7 @@ from model.optim import scheduled_lr
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
-from model.runs.config import Config, read_config
+from model.runs.config import Assessment, Config, read_config
 from model.runs.folder import open_run, record_environment
 from model.runs.job import Job, draw_weights, open_rows, open_training, training_labels
 from model.runs.predictor import of_job, score_split
@@ -129,7 +129,7 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
 
 def evaluate_train(job: Job) -> Evaluation:
     predictor = of_job(job)
-    return evaluate(job, predictor, "train", predictor.score(job, "train"))
+    return evaluate(job, predictor, predictor.score(job, "train"), Assessment(split="train"))
 
 
 def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_job: Callable[..., Job]) -> None:
@@ -264,9 +264,20 @@ def test_too_little_memory_is_one_line_that_says_what_helps(
     assert str(caught.value) == f"out of memory in a step with {step}; {remedy}"
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(make_job: Callable[..., Job]) -> None:
-    job = make_job("run", lr=1e30)
-    with pytest.raises(DataError, match=r"^the loss is (nan|inf) at epoch 1, step \d+; try a lower `lr`$"):
+@pytest.mark.parametrize(
+    ("changes", "looks", "message"),
+    [
+        ({}, 10**9, r"the loss is (nan|inf) at epoch 1, step \d+; try a lower `lr`"),
+        ({}, 2, "the weights are not finite after step 1; try a lower `lr`"),  # stopped before the next loss
+        ({"eval_every": 1, "ema": 0.0}, 10**9, "the network's scores are not finite; train with a lower `lr`, or .*"),
+    ],
+)
+def test_what_an_absurd_rate_makes_infinite_is_named_and_not_saved(
+    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], looks: int, message: str
+) -> None:
+    job = make_job("run", lr=1e30, **changes)
+    monkeypatch.setattr(ranks, "_codes", Late(looks))
+    with pytest.raises(DivergedError, match=f"^{message}$"):
         train.train(job)
     assert not (job.run / "last.pt").exists()
 
@@ -329,16 +340,6 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
     assert state.scaler.get_scale() == 2.0**9
     for name, parameter in state.network.named_parameters():
         assert torch.equal(parameter, before[name])
-
-
-def test_weights_that_the_last_step_has_ruined_are_not_saved(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make_job("run", lr=1e30)
-    monkeypatch.setattr(ranks, "_codes", Late(2))
-    with pytest.raises(DivergedError, match=r"^the weights are not finite after step 1; try a lower `lr`$"):
-        train.train(job)
-    assert not (job.run / "last.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -466,7 +467,7 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
     strata = table.select(["sex", "projection"]).to_pandas().fillna("blank")
     sums = strata.assign(positive=positive, weight=over)[over > 0].groupby(["sex", "projection", "positive"])
     np.testing.assert_allclose(*sums.weight.sum().unstack().to_numpy().T)
-    wrong = make_job("wrong", balance="Support Devices", balance_over="sex,hospital")
+    wrong = make_job("wrong", balance="Support Devices", balance_over=("sex", "hospital"))
     expected = r"^`balance` Support Devices `balance_over` sex,hospital: no column 'hospital'; there are key, "
     with pytest.raises(DataError, match=expected):
         train.train(wrong)
@@ -677,6 +678,20 @@ def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job], m
     assert environment["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment["code"]
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
+
+
+def test_the_auroc_of_train_is_over_the_batches_since_the_last_check() -> None:
+    """Against scikit-learn, over the labels with both classes."""
+    random = torch.Generator().manual_seed(0)
+    scores, target, chance = (torch.rand(80, 3, generator=random) for _ in range(3))
+    target[::7, 0], target[:, 2] = -1, 1.0  # uncertain as a class; one class
+    mask = chance > 0.3
+    recent = [(scores[rows], target[rows], mask[rows]) for rows in (slice(50), slice(50, 80))]
+    used = (mask & (target >= 0)).T
+    expected = [roc_auc_score(target[used[n], n] >= 0.5, scores[used[n], n]) for n in range(2)]
+    assert train.measure_recent(recent, ranks.ALONE) == pytest.approx(np.mean(expected))
+    recent.append((scores, target, torch.zeros_like(mask)))
+    assert math.isnan(train.measure_recent(recent, ranks.ALONE))
 
 
 def test_a_finished_run_gets_more_epochs(
@@ -925,12 +940,6 @@ def test_damaged_results_are_named(command: Callable[..., int], trained: Job, na
     (trained.run / name).write_text(content)
     with pytest.raises(DataError, match=f"^{trained.run / name}: damaged: "):
         command("evaluate", "--run", trained.run)
-
-
-def test_scores_that_are_not_finite_are_named(make_job: Callable[..., Job]) -> None:
-    """One step of an absurd rate ruins the weights after the last loss that is looked at."""
-    with pytest.raises(DataError, match=r"^the network's scores are not finite; train with a lower `lr`, or"):
-        train.train(make_job("run", lr=1e30, eval_every=1, ema=0.0))
 
 
 def test_a_signal_is_kept_while_a_rank_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_each_study_is_scored_once_and_compared_with_late_fusion(
     firsts = table.groupby(["patient", "study"], sort=False).head(1)
     assert scored[["patient", "study"]].to_numpy().tolist() == firsts[["patient", "study"]].to_numpy().tolist()
 
-    found = evaluate_split(fused, of_job(fused), "valid", Assessment(against=(images.run, frontal.run)))
+    found = evaluate_split(fused, of_job(fused), Assessment(against=(images.run, frontal.run)))
     assert found.unit == "study"
     late = {row.scorer: row for row in found.select(metric="auroc", label="Support Devices", group=None) if row.scorer}
     assert list(late) == [f"{images.run}, max of views", f"{images.run}, mean of views", str(frontal.run)]
