@@ -57,17 +57,17 @@ def read_members(path: Path, name: object = None) -> Iterator[Member]:
     position, size = 0, path.stat().st_size
     try:
         with _Headers(path) as file:
-            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict")  # noqa: SIM115
+            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                if not position < tar.offset <= size + BLOCK:
+                if not position < tar.offset <= size:
                     raise tarfile.ReadError(f"a member of {info.size:,} bytes")
-                position = tar.offset
-                if info.isdir():
-                    continue
-                if not info.isreg() or info.issparse():
+                info.name.encode()  # only here: GNU's short form of a long name may end within a character
+                if not (info.isreg() or info.isdir()) or info.issparse():
                     raise tarfile.ReadError(f"{quote(info.name, 80)} is not a regular file")
-                yield Member(info.name, info.offset_data, info.size)
+                position = tar.offset
+                if info.isreg():
+                    yield Member(info.name, info.offset_data, info.size)
             position = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{name or path}: byte {position}: not a usable tar header: {error}") from None
