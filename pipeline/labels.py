@@ -73,7 +73,7 @@ def hash_fraction(*parts: object) -> float:
     """A number in [0, 1) that depends only on the parts: the same on every machine and in every version."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     # The top 53 bits, as a float64 holds them exactly: rounding 64 bits could give 1.0.
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
+    return (int.from_bytes(digest) >> 11) / 2**53
 
 
 def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa.Table]:
@@ -147,9 +147,9 @@ def count_rows(table: pa.Table) -> dict[str, int]:
 def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
     """Complete patients in the order of a hash, up to `limit` images; at least one patient."""
     patients = table["patient"].combine_chunks().dictionary_encode()
-    counts = np.bincount(patients.indices.to_numpy(), minlength=len(patients.dictionary))
+    counts = np.bincount(patients.indices.to_numpy())
     draws = [hash_fraction("limit", seed, patient) for patient in patients.dictionary.to_pylist()]
-    order = np.argsort(draws, kind="stable")
+    order = np.argsort(draws)
     fits = np.cumsum(counts[order]) <= limit
     fits[:1] = True
     chosen = np.zeros(len(counts), np.bool_)

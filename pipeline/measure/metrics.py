@@ -208,7 +208,7 @@ def wilson_limits(called: Bools, owner: Names, level: float = 0.05) -> Figure:
     estimated = owners < count and 0 < share < 1
     z = student_quantile(owners - 1 if estimated else np.inf, level)
     if 0 < share < 1:
-        spread = float(((hits - cells * share) ** 2).sum()) * owners / max(owners - 1, 1)
+        spread = float(((hits - cells * share) ** 2).sum()) * owners / (owners - 1)
         design = max(1.0, spread / (count * share * (1 - share)))  # never below that of independent cells
     else:
         design = float((cells**2).sum()) / count  # all of an owner's cells count as one

@@ -61,7 +61,7 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
         raise DataError(f"{', '.join(map(str, source.csvs.values()))}: no {views} images")
     paths = [path for table in kept.values() for path in table["path"].to_pylist()]
     files = iter(adapter.locate(paths, source.roots, notes.append))
-    located = {split: pa.array(islice(files, len(table)), pa.string()) for split, table in kept.items()}
+    located = {split: pa.array(islice(files, len(table))) for split, table in kept.items()}
     complete = {split: table.append_column("file", located[split]) for split, table in kept.items()}
     return complete, dropped, tuple(notes)
 

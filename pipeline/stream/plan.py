@@ -107,7 +107,7 @@ def epoch_order(
     """
     random = np.random.Philox(key=_key(seed, epoch))
     starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
-    shards = _permute(np.arange(len(shard_sizes), dtype=np.int64), random)
+    shards = _permute(np.arange(len(shard_sizes)), random)
     shards = shards[starts[shards] < starts[shards + 1]]
     windows = []
     for first in range(0, len(shards), window):
@@ -130,7 +130,7 @@ def _draw(windows: Sequence[Rows], weights: Weights, random: np.random.Philox) -
     """
     sums = [np.cumsum(weights[places]) for places in windows]
     totals = np.cumsum([cumulative[-1] for cumulative in sums])
-    ends = np.rint(totals / totals[-1] * len(weights)).astype(np.int64)
+    ends = np.rint(totals / totals[-1] * len(weights))
     draws = []
     for places, cumulative, count in zip(windows, sums, np.diff(ends, prepend=0), strict=True):
         # 53 bits fill a float64, so that the product stays below the sum; a weight of 0 is never drawn.

@@ -1,14 +1,13 @@
 """Tars against tarfile, which writes and reads them in its three formats."""
 
-import re
 import tarfile
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from pipeline import DataError
 from pipeline.base.tar import LONGEST_HEADER, read_members, tar_member
+from tests.conftest import refused
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 END = bytes(1024)
@@ -26,7 +25,7 @@ def member(name: str, data: bytes = b"", form: Literal[0, 1, 2] = tarfile.PAX_FO
 @pytest.mark.parametrize("name", ["a", "patient00001_study1.jpg", "x" * 100])
 def test_members_are_those_of_tarfile(name: str, size: int) -> None:
     assert tar_member(name, b"d" * size) == member(name, b"d" * size, tarfile.USTAR_FORMAT)
-    with pytest.raises(ValueError, match=f"^{'x' * 101} is longer than the 100 bytes of a tar's name field$"):
+    with refused(f"{'x' * 101} is longer than the 100 bytes of a tar's name field", ValueError):
         tar_member("x" * 101, b"")
 
 
@@ -49,6 +48,7 @@ def test_any_tar_is_read_as_by_tarfile(tmp_path: Path, form: Literal[0, 1, 2]) -
 
 A, REST = member("a", b"x" * 600), "neither a tar header nor the end of the tar"
 NOT_REGULAR = "is not a regular file"
+NOT_TEXT = r"… 'utf-8' codec can't encode character '\udcff' in position 0: surrogates not allowed"
 
 
 @pytest.mark.parametrize(
@@ -72,19 +72,14 @@ NOT_REGULAR = "is not a regular file"
             (A + member("b" * 90, type=kind, linkname="/etc/passwd") + END, 1536, f"… {'b' * 80}… {NOT_REGULAR}")
             for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
         ),
-        (
-            A + member("\udcff", form=tarfile.GNU_FORMAT) + END,
-            1536,
-            "… 'utf-8' codec can't encode character '\\udcff' in …",
-        ),
+        (A + member("\udcff", form=tarfile.GNU_FORMAT) + END, 1536, NOT_TEXT),
         (A + member("b", pax_headers={"GNU.sparse.map": "0,1"}) + END, 1536, f"… b {NOT_REGULAR}"),
     ],
 )
 def test_damage_and_other_members_are_named(tmp_path: Path, data: bytes, place: int, problem: str) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(data)
-    problem = re.sub("^… ", "not a usable tar header: ", problem)
-    text = re.escape(f": byte {place}: {problem}").replace("in\\ …", "in .*")
-    for name, shown in ((None, str(path)), ("s3://x.tar", "s3://x.tar")):
-        with pytest.raises(DataError, match=f"^{shown}{text}$"):
+    problem = problem.replace("… ", "not a usable tar header: ", 1)
+    for name in (None, "s3://x.tar"):
+        with refused(f"{name or path}: byte {place}: {problem}"):
             list(read_members(path, name))

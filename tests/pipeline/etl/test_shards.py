@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import signal
 import tarfile
 import zlib
@@ -24,7 +23,7 @@ from pipeline.base.files import atomic_file, claimed, write_csv
 from pipeline.etl import shards as etl
 from pipeline.etl.shards import _name_unseen
 from pipeline.etl.writing import Reject, ShardRecord
-from pipeline.labels import LABELS, hash_fraction
+from pipeline.labels import LABELS
 from pipeline.manifest import Shard, read_manifest, read_table
 from pipeline.sources.rows import MISSING, read_images
 from tests.conftest import Shards, default_options, hashes, make_shards, refused
@@ -77,22 +76,6 @@ def test_tarfile_finds_the_images_and_labels_of_the_arrow_table(chexpert: Path, 
                 assert np.abs(stored - expected).mean() < 1.5  # noise, at quality 95
 
 
-def test_croissant_lists_every_file_and_no_patient(shards: Shards) -> None:
-    """The keys that Croissant 1.0 demands; mlcroissant reads it in test_examples."""
-    folder, manifest = shards
-    text = (folder / "croissant.json").read_text()
-    described = json.loads(text)
-    assert described["conformsTo"] == "http://mlcommons.org/croissant/1.0"
-    assert {"@context", "@type", "name", "description", "license", "citeAs"} < described.keys()
-    files = [entry for entry in described["distribution"] if entry["@type"] == "cr:FileObject"]
-    assert {entry["contentUrl"]: entry["sha256"] for entry in files} == {
-        name: digest for name, digest in hashes(folder).items() if name.endswith((".tar", ".arrow"))
-    }
-    records = [f"{split}-{kind}" for split in manifest.splits for kind in ("labels", "images")]
-    assert [record["name"] for record in described["recordSet"]] == records
-    assert not re.search(r"patient\d", text)
-
-
 # webdataset leaves its last shard open until it is collected
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_the_same_samples(shards: Shards) -> None:
@@ -125,43 +108,6 @@ def test_pixel_statistics_are_those_of_the_stored_train_images(chexpert: Path, t
     for path in chexpert.rglob("*.jpg"):
         Image.new("L", (80, 64), 7).save(path)
     assert make_shards(chexpert, tmp_path / "flat").manifest.pixels == {"mean": 7.0, "std": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("gone", "views", "samples"),
-    [
-        ("valid.csv", "frontal", {"train": 24, "dev": 8}),
-        ("train.csv", "lateral", {"valid": 4}),
-        ("none", "all", {"train": 36, "dev": 12, "valid": 12}),
-    ],
-)
-def test_one_csv_and_any_views_are_enough(
-    chexpert: Path, tmp_path: Path, gone: str, views: str, samples: dict[str, int]
-) -> None:
-    (chexpert / gone).unlink(missing_ok=True)
-    manifest = make_shards(chexpert, tmp_path / "out", default_options(views=views)).manifest
-    assert {name: split.samples for name, split in manifest.splits.items()} == samples
-
-
-@pytest.mark.parametrize("size", [1, 7, 100])
-def test_studies_stay_together_where_all_views_are_kept(
-    chexpert: Path, shards: Shards, tmp_path: Path, size: int
-) -> None:
-    folder, frontals = shards
-    options = default_options(views="all", samples_per_shard=size)
-    manifest = make_shards(chexpert, tmp_path / "out", options).manifest
-    for name, split in manifest.splits.items():
-        table = read_table(tmp_path / "out", split).to_pandas()
-        studies = [key.rpartition("_view")[0] for key in table["key"]]
-        order = sorted(set(studies), key=lambda study: hash_fraction("shuffle", 0, study))
-        assert [study for row, study in enumerate(studies) if studies[row - 1 : row] != [study]] == order
-        assert table.groupby(["patient", "study"])["shard"].nunique().max() == 1
-        assert table["shard"].to_list() == sorted(table["shard"])
-        sizes = [shard.samples for shard in split.shards]
-        assert all(0 < samples <= size + 1 for samples in sizes)
-        assert all(samples >= size - 1 for samples in sizes[:-1])
-        frontal = read_table(folder, frontals.split(name)).to_pandas()
-        assert set(table.query("view == 'frontal'")["key"]) == set(frontal["key"])
 
 
 def test_files_of_others_are_neither_replaced_nor_removed(chexpert: Path, tmp_path: Path) -> None:
@@ -289,30 +235,6 @@ def test_encodings_and_squares_stream_alike(chexpert: Path, tmp_path: Path) -> N
             assert tar.getnames()[0].endswith(f".{suffix}")
     np.testing.assert_array_equal(batches["png"], batches["raw"])
     assert 0 < np.abs(batches["jpeg"] - batches["raw"]).mean() < 1
-
-
-def test_damaged_tables_and_manifests_are_named(shards: Shards) -> None:
-    folder, manifest = shards
-    table = folder / "dev.arrow"
-    table.write_bytes((folder / "valid.arrow").read_bytes())
-    with pytest.raises(DataError, match=r"dev.arrow: its sha256 is not the manifest's; it is damaged or belongs"):
-        read_table(folder, manifest.split("dev"))
-    path = folder / "manifest.json"
-    text = path.read_text()
-    for damage, message in (
-        (text[:100], "damaged: not JSON: "),
-        ("[]", "damaged: not a JSON object"),
-        ("{}", "not a manifest of chexpert-shards"),
-        (
-            text.replace('"version": 1', '"version": 2'),
-            "format version 2; this program reads 1: write the shards again into a new folder",
-        ),
-        (text.replace('"splits"', '"parts"'), "damaged: 'splits'"),
-        (text.replace("train-000000.tar", "../train-000000.tar"), "'../train-000000.tar' is not a plain file name"),
-    ):
-        path.write_text(damage)
-        with pytest.raises(DataError, match=message):
-            read_manifest(folder)
 
 
 def kill_process(_: object) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy.optimize import brentq
-from scipy.stats import t
+from scipy.special import expit, logit
+from scipy.stats import norm, t
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pipeline.measure.delong import (
@@ -15,7 +16,7 @@ from pipeline.measure.delong import (
     score_limits,
     score_variance,
 )
-from pipeline.measure.metrics import Z
+from pipeline.measure.metrics import Floats, Z
 
 Array = npt.NDArray[np.float64]
 
@@ -53,38 +54,45 @@ def test_rows_of_one_patient_each_have_delongs_covariance() -> None:
     assert found.value[0] == pytest.approx(roc_auc_score(truth, scores[:, 0]), abs=1e-12)
 
 
-def test_patients_with_several_rows_have_obuchowskis_variance() -> None:
+def sum_patients(values: Floats, truth: npt.NDArray[np.bool_], owner: npt.NDArray[np.str_]) -> tuple[float, ...]:
+    """An area's squared error from its cells' parts, degrees of freedom (Satterthwaite), the rarer class's patients."""
+    sums = np.array([[values[(owner == name) & side].sum() for name in np.unique(owner)] for side in (truth, ~truth)])
+    counts = np.array([len(set(owner[side])) for side in (truth, ~truth)])
+    sums *= np.sqrt(counts / (counts - 1))[:, None]
+    errors = (sums**2).sum(axis=1)
+    return (sums.sum(axis=0) ** 2).sum(), errors.sum() ** 2 / (errors**2 / (counts - 1)).sum(), counts.min()
+
+
+@pytest.mark.parametrize("strata", [1, 3])
+def test_patients_with_several_rows_have_obuchowskis_variance(strata: int) -> None:
+    """But for the factor of the covariance of both classes. Strata are weighed by their pairs of the two classes."""
     scores, target, mask, patient = draw()
-    found = measure_areas(scores, target, mask, patient)
-    used = mask[:, 0]
-    score, truth, owner = scores[used, 0], target[used, 0] == 1, patient[used]
-    auroc, values = components(score, truth)
-    clusters = []
-    for name in np.unique(owner):
-        own = owner == name
-        a = (values[own & truth] - auroc).sum() / truth.sum()
-        b = (values[own & ~truth] - auroc).sum() / (~truth).sum()
-        clusters.append((a, b))
-    a, b = np.array(clusters).T
-    with_positive, with_negative = (len(set(owner[side])) for side in (truth, ~truth))
-    variance = (
-        with_positive / (with_positive - 1) * (a**2).sum()
-        + with_negative / (with_negative - 1) * (b**2).sum()
-        + 2 * len(a) / (len(a) - 1) * (a * b).sum()
-    )
-    error = found.influence[:, 0] @ found.influence[:, 0]
-    assert error == pytest.approx(variance, rel=0.002)  # but for the last term's factor
-    independent = values[truth].var(ddof=1) / truth.sum() + values[~truth].var(ddof=1) / (~truth).sum()
-    assert error / independent > 1.2
-    sizes = int(truth.sum()), int((~truth).sum())
-    parts = (with_positive / (with_positive - 1) * (a**2).sum(), with_negative / (with_negative - 1) * (b**2).sum())
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / (with_positive - 1) + parts[1] ** 2 / (with_negative - 1))
-    design = error / independent
-    limits = score_limits(auroc, lambda theta: design * score_variance(theta, *sizes), t.ppf(0.975, freedom))
-    assert (found.low[0], found.high[0]) == pytest.approx(limits)
-    assert found.freedom[0] == with_positive - 1
+    stratum = np.arange(len(patient)) % strata
+    stratum[(np.arange(len(patient)) % 10 == 0) & (target[:, 0] == 0)] = 9  # without a positive
+    found = measure_areas(scores, target, mask, patient, stratum)
+    truth, score, parts, counts = target[:, 0] == 1, scores[:, 0], [], []
+    values, used = np.zeros(len(patient)), mask[:, 0] & (stratum < 9)
+    for number in range(strata):
+        rows = used & (stratum == number)
+        area, wins = components(score[rows], truth[rows])
+        sizes = np.array([truth[rows].sum(), (~truth[rows]).sum()])
+        values[rows] = (wins - area) * np.where(truth[rows], sizes[1], sizes[0])  # of the weight, pairs / (own · all)
+        parts.append((area, sum(wins[side].var(ddof=1) / side.sum() for side in (truth[rows], ~truth[rows]))))
+        counts.append(sizes)
+    weights = np.prod(counts, axis=1) / np.prod(counts, axis=1).sum()
+    auroc, independent = weights @ [area for area, _ in parts], weights**2 @ [variance for _, variance in parts]
+    error, freedom, owners = sum_patients(values[used] / np.prod(counts, axis=1).sum(), truth[used], patient[used])
+    assert found.influence[:, 0] @ found.influence[:, 0] == pytest.approx(error)
+    assert (found.value[0], found.design[0]) == pytest.approx((auroc, error / independent))
+    assert found.design[0] > 1.2
+
+    def variance(theta: float) -> float:
+        return float(error / independent * (weights**2 @ [score_variance(theta, *sizes) for sizes in counts]))
+
+    assert (found.low[0], found.high[0]) == pytest.approx(score_limits(auroc, variance, t.ppf(0.975, freedom)))
+    assert found.freedom[0] == owners - 1
     order = np.tile(np.arange(len(patient)), 2)
-    twice = measure_areas(scores[order], target[order], mask[order], patient[order])
+    twice = measure_areas(scores[order], target[order], mask[order], patient[order], stratum[order])
     np.testing.assert_allclose(twice.influence, found.influence, atol=1e-12)  # nothing new
     np.testing.assert_allclose(twice.low, found.low, atol=0.01)
 
@@ -125,6 +133,15 @@ def test_means_and_differences_honor_covariance() -> None:
     low = (found.value - found.low) / 3
     below = sum(low[i] * low[j] * (unit[:, i] @ unit[:, j]) for i in range(3) for j in range(3)) ** 0.5
     assert mean["low"] == pytest.approx(found.value.mean() - below)
+    strict = combine(found, [1 / 3] * 3, 0.01)
+    assert strict["high"] - strict["value"] == pytest.approx((mean["high"] - mean["value"]) * norm.isf(0.005) / Z)
+    fall, halves = combine(found, [0.5, -1, 0], 0.01), (found.high - found.low)[:2] / 2 * [0.5, -1]
+    width = max((halves**2).sum() + 2 * halves.prod() * (unit[:, 0] @ unit[:, 1]), 0) ** 0.5
+    width = max(width, Z * float(np.linalg.norm(found.influence @ [0.5, -1, 0])))
+    freedom = (halves**2).sum() ** 2 / (halves**4 / found.freedom[:2]).sum() / 2
+    width *= t.isf(0.005, freedom) / Z
+    middle = found.value[0] / 2 - found.value[1]
+    assert [*fall.values()] == pytest.approx([middle, middle - width, middle + width])
     first = [0, 0, 0]
     thrice = measure_areas(scores[:, first], target[:, first], mask[:, first], patient)
     same = combine(thrice, [1 / 3] * 3)  # three times the same label says no more than once
@@ -136,35 +153,6 @@ def test_means_and_differences_honor_covariance() -> None:
     assert combine(lacking, [0.5, 0.5, 0]) == combine(lacking, [0, 0, 0])
     assert combine(lacking, [0, 0, 0]) == dict.fromkeys(("value", "low", "high"))
     assert combine(lacking, [1, 0, 0])["low"] is not None
-
-
-def test_pairs_within_strata_are_weighed_by_their_number() -> None:
-    scores, target, mask, patient = draw()
-    stratum = np.arange(len(patient)) % 3
-    areas = measure_areas(scores, target, mask, patient, stratum)
-    right = pairs = 0.0
-    for number in range(3):
-        rows = mask[:, 0] & (stratum == number)
-        truth = target[rows, 0] == 1
-        count = truth.sum() * (~truth).sum()
-        right += count * roc_auc_score(truth, scores[rows, 0])
-        pairs += count
-    assert areas.value[0] == pytest.approx(right / pairs)
-    assert areas.low[0] < areas.value[0] < areas.high[0]
-
-
-@pytest.mark.parametrize(("sick", "images"), [(2, 15), (5, 6), (10, 3)])
-def test_a_class_of_few_patients_is_covered(sick: int, images: int) -> None:
-    held = []
-    for seed in range(200):
-        random = np.random.default_rng(seed)
-        owner = np.concatenate([np.repeat(np.arange(sick), images), np.arange(sick, sick + 300)])
-        truth = (owner < sick)[:, None]
-        noise = random.normal(size=sick + 300)[owner] * 0.6**0.5 + random.normal(size=len(owner)) * 0.4**0.5
-        scores = noise[:, None] + 1.1902 * truth  # an AUROC of .8
-        areas = measure_areas(scores, truth.astype(float), np.ones(truth.shape, bool), owner)
-        held.append(areas.low[0] <= 0.8 <= areas.high[0])
-    assert np.mean(held) > 0.9  # 0.80 to 0.93 with the normal distribution
 
 
 def test_a_class_of_one_patient_leaves_the_interval_open() -> None:
@@ -202,6 +190,11 @@ def test_intervals_of_auprc_are_those_of_patients() -> None:
         values.append(average_precision_score(target[drawn, 0], scores[drawn, 0]))
     low, high = np.percentile(values, [2.5, 97.5])
     assert [found.low[0], found.high[0]] == pytest.approx([low, high], abs=0.2 * (high - low))
+    auprc, influence = influence_precision(scores[used, 0], target[used, 0] == 1)
+    error, freedom, owners = sum_patients(influence, target[used, 0] == 1, patient[used])
+    half = t.ppf(0.975, freedom) * error**0.5 / (auprc * (1 - auprc))
+    assert [found.low[0], found.high[0]] == pytest.approx(expit(logit(auprc) + np.array([-half, half])))
+    assert found.freedom[0] == owners - 1
     assert combine(found, [1, -1]) == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-6)
     assert combine(found, [0.5, 0.5]) == pytest.approx(combine(found, [1, 0]))
     rows = np.tile(np.arange(len(patient)), 2)

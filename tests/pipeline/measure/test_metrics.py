@@ -13,10 +13,12 @@ from pipeline.measure.delong import measure_areas, measure_precision, report_aur
 from pipeline.measure.metrics import (
     brier_score,
     calibration_error,
+    cross_entropy,
     decide,
     measure_rates,
     net_benefit,
     reliability,
+    subtract_independent,
     threshold_curve,
     wilson_limits,
 )
@@ -78,6 +80,9 @@ def test_brier_score_and_calibration_error_equal_their_references() -> None:
     score[:4] = [0.0, 1.0, 0.2, 1e-30]
     truth = random.random(2000) < score**1.5
     assert brier_score(score, truth) == pytest.approx(sk.brier_score_loss(truth, score), abs=1e-9)
+    used = random.random(2000) < 0.5
+    loss = sk.log_loss(truth[used], score[used].astype(float))
+    assert cross_entropy(score[:, None], truth[:, None] * 1.0, used[:, None]) == pytest.approx(loss, rel=1e-6)
     bins = reliability(score, truth)
     share, mean = calibration_curve(truth, score, n_bins=15)
     np.testing.assert_allclose(bins.share, share, atol=1e-12)
@@ -132,48 +137,60 @@ def test_threshold_curve_is_scikit_learns() -> None:
     np.testing.assert_allclose(curve.false_positives / (~truth).sum(), fpr[1:])
 
 
-def test_shares_have_wilsons_limits_on_as_many_cells_as_patients_are_worth() -> None:
-    random = np.random.default_rng(0)
-    called = random.random(40) < 0.7
-    expected = binomtest(int(called.sum()), 40).proportion_ci(method="wilson")
-    alone = wilson_limits(called, np.arange(40))
-    assert alone == {"low": pytest.approx(expected.low, abs=0.01), "high": pytest.approx(expected.high, abs=0.01)}
-    thrice = wilson_limits(
-        np.repeat(called, 3), np.repeat(np.arange(40), 3)
-    )  # three cells that tell as much as one, by an estimate from 40 patients
-    assert thrice == {side: pytest.approx(limit, abs=0.006) for side, limit in alone.items()}
-    assert (thrice["low"] or 0) < (alone["low"] or 0)
-    assert wilson_limits(np.arange(30) < 15, np.zeros(30)) == {"low": 0, "high": 1}  # one patient's images
-    sure = binomtest(20, 20).proportion_ci(method="wilson")
-    for repeat in (1, 3):  # never of zero width
-        found = wilson_limits(np.ones(20 * repeat, bool), np.repeat(np.arange(20), repeat))
-        assert found == {"low": pytest.approx(sure.low), "high": pytest.approx(1)}
-    assert wilson_limits(called[:0], np.arange(0)) == {"low": None, "high": None}
+@pytest.mark.parametrize("level", [0.05, 0.01])
+@pytest.mark.parametrize("owner", [np.arange(120), np.arange(120) // 3, np.arange(120) ** 2 % 43])
+def test_shares_have_wilsons_limits_on_as_many_cells_as_patients_are_worth(owner: Any, level: float) -> None:
+    """The limits solve Wilson's equation, with a design effect (Rao and Scott) from a loop over patients."""
+    called, names = np.random.default_rng(0).random(120) < 0.7, set(owner)
+    for hits in (called, called[owner], np.ones(120, bool), np.zeros(120, bool)):
+        share, alike = hits.mean(), sum((owner == name).sum() ** 2 for name in names) / 120
+        size, freedom = 120 / alike, np.inf
+        if 0 < share < 1:
+            rest = sum((hits[owner == name].sum() - share * (owner == name).sum()) ** 2 for name in names)
+            size = 120 / max(1, rest * len(names) / (len(names) - 1) / 120 / share / (1 - share))
+            freedom = np.inf if len(names) == 120 else len(names) - 1
+        factor = stats.t.isf(level / 2, freedom) ** 2 / size
+        roots = np.roots([1 + factor, -2 * share - factor, share**2])  # (share - x)² = z² x (1 - x) / size
+        found = wilson_limits(hits, owner, level)
+        assert [found["low"], found["high"]] == pytest.approx(sorted(roots.clip(0, 1)))
+
+
+def test_shares_of_one_cell_or_patient() -> None:
+    exact = binomtest(14, 20).proportion_ci(method="wilson")
+    found = wilson_limits(np.arange(20) < 14, np.arange(20))
+    assert (found["low"], found["high"]) == pytest.approx(exact, abs=0.01)  # 19 degrees of freedom
+    assert wilson_limits(np.arange(30) < 15, np.zeros(30)) == {"low": 0, "high": 1}
+    assert wilson_limits(np.array([True]), np.zeros(1)) == {"low": pytest.approx(0.2065, abs=1e-4), "high": 1}
+    assert wilson_limits(np.zeros(0, bool), np.arange(0)) == {"low": None, "high": None}
+
+
+def test_limits_of_a_difference_are_those_newcombe_published() -> None:
+    # Table II of Newcombe (1998), method 10: 56 of 70 less 48 of 80.
+    sides = []
+    for hits, cells in ((56, 70), (48, 80)):
+        limits = binomtest(hits, cells).proportion_ci(method="wilson")
+        sides.append({"value": hits / cells, "low": limits.low, "high": limits.high})
+    found = subtract_independent(*sides)
+    assert [round(limit, 4) for limit in found.values()] == [0.2, 0.0524, 0.3339]
 
 
 def test_net_benefit_is_hits_less_the_price_of_false_alarms() -> None:
     random = np.random.default_rng(4)
     truth, probability = random.random(400) < 0.3, random.random(400).round(2)
-    owner = np.arange(400) // 2
     for threshold in (0.05, 0.2, 0.5):
         called = [p >= threshold for p in probability]
         hits = sum(c and t for c, t in zip(called, truth, strict=True))
         alarms = sum(c and not t for c, t in zip(called, truth, strict=True))
         price = threshold / (1 - threshold)
-        found = decide(probability, truth, owner, threshold)
+        found = decide(probability, truth, np.arange(400), threshold)
         assert found["net_benefit"]["value"] == pytest.approx(hits / 400 - alarms / 400 * price)
         assert found["net_benefit_all"]["value"] == pytest.approx(truth.mean() - (1 - truth.mean()) * price)
         model, every, gain = (figure["value"] for figure in found.values())
         assert gain == pytest.approx(model - max(0, every))
-        # patients resampled
         ours, everyone = (net_benefit(p, truth, threshold) for p in (probability, np.ones(400)))
-        each = (ours - everyone if every > 0 else ours).reshape(200, 2).sum(axis=1)
-        means = each[random.integers(0, 200, (4000, 200))].sum(axis=1) / 400
-        limits = np.quantile(means, [0.025, 0.975])
-        gained = found["net_benefit_gain"]
-        assert (gained["low"], gained["high"]) == pytest.approx(limits, abs=0.1 * (limits[1] - limits[0]))
-        means = each.reshape(5, 40).sum(axis=1) / 80  # of five patients
-        few = decide(probability, truth, np.arange(400) // 80, threshold)["net_benefit_gain"]
-        expected = stats.t.interval(0.95, 4, means.mean(), stats.sem(means))
-        assert (few["low"], few["high"]) == pytest.approx(expected)
+        for size in (2, 80):  # cells of a patient
+            means = (ours - everyone if every > 0 else ours).reshape(-1, size).mean(axis=1)
+            gained = decide(probability, truth, np.arange(400) // size, threshold)["net_benefit_gain"]
+            limits = stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means))
+            assert (gained["low"], gained["high"]) == pytest.approx(limits)
     assert decide(probability, truth, np.zeros(400), 0.2)["net_benefit_gain"]["low"] is None

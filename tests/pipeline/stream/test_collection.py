@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -185,16 +184,6 @@ def test_different_policies_have_to_be_decided(two: tuple[Path, Path], tmp_path:
     with refused("`uncertain`: the folders of shards have different policies; give one"):
         train.batches(2, 32, epoch=0)
     train.batches(2, 32, epoch=0, uncertain="ones")
-
-
-def test_facts_that_one_folder_lacks_are_null(two: tuple[Path, Path], tmp_path: Path) -> None:
-    patients = [f"patient{number:05d}" for number in range(60, 63)]
-    (tmp_path / "facts.csv").write_text("patient,ward\n" + "".join(f"{patient},W\n" for patient in patients))
-    other = write_set(tmp_path, range(60, 63), facts=[tmp_path / "facts.csv"])
-    table = read_shards([two[0], other]).open("train").table
-    ward = table.filter(pa.compute.is_valid(table["ward"]))
-    assert ward.num_rows > 0
-    assert set(ward["patient"].to_pylist()) <= set(patients)
 
 
 def test_stats_count_several_sets_and_each(two: tuple[Path, Path]) -> None:

@@ -37,19 +37,11 @@ def test_the_order_is_written_in_stone() -> None:
     assert drawn.tolist() == [6, 6, 4, 9, 7, 5, 5, 4, 6, 8]
 
 
-def test_samples_are_mixed_within_windows_of_shards_only() -> None:
-    sizes = [10] * 6
-    order = epoch_order(sizes, seed=0, epoch=0, window=2)
-    shards = order // 10
-    windows = [set(shards[start : start + 20]) for start in range(0, 60, 20)]
-    assert [len(window) for window in windows] == [2, 2, 2]
-    assert set.union(*windows) == set(range(6))
-    assert all(np.any(np.diff(shards[start : start + 20]) < 0) for start in range(0, 60, 20))
-
-
 def test_a_step_does_not_depend_on_where_the_epoch_was_entered() -> None:
     whole = list(plan_training(IMAGES, 32, seed=5, epoch=2))
-    assert [step.step for step in whole] == list(range(11))  # 360 = 11 × 32 + 8: the tail is dropped
+    assert [step[:2] for step in whole] == [
+        (2, number) for number in range(11)
+    ]  # 360 = 11 × 32 + 8: the tail is dropped
     assert training_steps(360, 32) == 11
     for start in (0, 1, 10, 11):
         rest = list(plan_training(IMAGES, 32, seed=5, epoch=2, start_step=start))
@@ -58,64 +50,43 @@ def test_a_step_does_not_depend_on_where_the_epoch_was_entered() -> None:
             np.testing.assert_array_equal(step.rows, expected.rows)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_selection_is_visited_once_and_shards_without_it_take_no_place_in_a_window(seed: int) -> None:
-    rows = np.flatnonzero(np.random.default_rng(seed).random(2000) < 0.1)
-    rows = rows[rows // 100 % 3 > 0]  # nothing of shards 0, 3, 6, …, 18: 13 of the 20 are left
-    order = rows[epoch_order(select(rows, [100] * 20).shard_sizes, seed, 0, window=4)]
-    np.testing.assert_array_equal(np.sort(order), rows)
-    shards = order // 100
-    windows = [set(shards[:1])]
-    for shard in shards[1:]:
-        if shard not in windows[-1] and len(windows[-1]) == 4:
-            windows.append(set())
-        windows[-1].add(shard)
-    assert [len(window) for window in windows] == [4, 4, 4, 1]
-    assert set.union(*windows) == set(rows // 100)
-    assert sum(map(len, windows)) == 13  # none is met in two windows
-
-
 def test_nothing_selected_is_an_epoch_without_steps() -> None:
     assert list(plan_training(select(np.arange(0)), 32, 0, 0)) == []
+    order = epoch_order((0, 0), 0, 0)
+    assert (order.dtype.name, len(order)) == ("int64", 0)
+    thinned = IMAGES.thin(7)
+    assert (thinned.rows.tolist(), thinned.shard_sizes) == ([[row] for row in range(0, 360, 7)], [])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_weighted_draws_equal_a_plain_loop_over_the_same_random_bits(seed: int) -> None:
-    """With one window: its shards in the order's own permutation, then an inverse cumulative sum per draw."""
-    weights = np.random.default_rng(seed).random(360) * (np.arange(360) % 3)
-    key = hashlib.blake2b(f"{seed}/4".encode(), digest_size=16).digest()
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 16])
+def test_orders_equal_a_plain_loop_over_the_same_random_bits(window: int, weighted: bool) -> None:
+    """Of each window of shards, all samples, or draws by its share of all weights, however unevenly these lie."""
+    sizes = (100, 0, 100, 100, 0, 60)  # shards without samples take no place in a window
+    weights = np.random.default_rng(0).random(360) * (np.arange(360) % 3)
+    weights[150:200], weights[[99, 299]] = 0, 25
+    key = hashlib.blake2b(b"7/4", digest_size=16).digest()
     random = np.random.Philox(key=int.from_bytes(key, "little"))
-    keys = random.random_raw(4).tolist()
-    places = [row for shard in np.argsort(keys) for row in range(shard * 100, min(shard * 100 + 100, 360))]
-    sums = list(itertools.accumulate(weights[places].tolist()))
-    levels = [(int(bits) >> 11) / 2**53 * sums[-1] for bits in random.random_raw(360)]
-    expected = [places[bisect.bisect_right(sums, level)] for level in levels]
-    assert epoch_order(SIZES, seed, 4, weights=weights).tolist() == expected
+    shards = [shard for shard in np.argsort(random.random_raw(6)) if sizes[shard]]
+    expected: list[int] = []
+    total = 0.0
+    for first in range(0, 4, window):
+        starts = [(sum(sizes[:shard]), sizes[shard]) for shard in shards[first : first + window]]
+        places = [row for start, size in starts for row in range(start, start + size)]
+        sums = list(itertools.accumulate(weights[places].tolist()))
+        total += sums[-1]
+        if weighted:
+            count = round(total / weights.sum() * 360) - len(expected)
+            levels = [(int(bits) >> 11) / 2**53 * sums[-1] for bits in random.random_raw(count)]
+            expected += [places[bisect.bisect_right(sums, level)] for level in levels]
+        else:
+            expected += [places[number] for number in np.argsort(random.random_raw(len(places)))]
+    assert epoch_order(sizes, 7, 4, window, weights=weights if weighted else None).tolist() == expected
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_are_drawn_in_proportion_to_their_weight_within_windows(seed: int) -> None:
-    """However unevenly the rare heavy rows lie among the shards."""
-    heavy = np.zeros(10_000, np.bool_)
-    heavy[:150] = heavy[9000::20] = True
-    weights = np.where(heavy, 25.0, 0.5)
-    weights[5000:5500] = 0
-    order = epoch_order([500] * 20, seed, 0, window=4, weights=weights)
-    assert len(order) == 10_000
-    counts = np.bincount(order, minlength=10_000)
-    share = weights / weights.sum()
-    for group in (heavy, np.arange(10_000) < 150, np.arange(10_000) >= 9000, np.arange(10_000) < 5000):
-        expected = share[group].sum()
-        # Five standard deviations of a binomial; fixing the windows' shares only makes it narrower.
-        bound = 5 * np.sqrt(10_000 * expected * (1 - expected))
-        assert abs(counts[group].sum() - 10_000 * expected) < bound
-    assert counts[5000:5500].sum() == 0
-    window_of = np.empty(20, np.int64)
-    window_of[epoch_order([500] * 20, seed, 0, window=4) // 500] = np.arange(10_000) // 2000
-    assert np.all(np.diff(window_of[order // 500]) >= 0)
-
-
-@pytest.mark.parametrize("weights", [np.ones(359), np.zeros(360), np.full(360, np.nan), np.array([-1.0] + [1] * 359)])
+@pytest.mark.parametrize(
+    "weights", [np.ones(359), np.zeros(360), *(np.array([bad] + [1] * 359) for bad in (np.nan, np.inf, -1.0))]
+)
 def test_unusable_weights_are_refused(weights: Weights) -> None:
     with pytest.raises(ValueError, match=r"^weights must be 360 finite numbers, none negative and not all 0$"):
         epoch_order(SIZES, 0, 0, weights=weights)
@@ -127,6 +98,9 @@ def test_ranks_together_see_the_batches_of_one(ranks: int, start_step: int) -> N
     rows = np.arange(0, 360, 2)
     for samples, weights in ((IMAGES, None), (select(rows), rows.astype(np.float64))):
         whole = list(plan_training(samples, 24, 5, 2, start_step, weights=weights))
+        order = epoch_order(samples.shard_sizes, 5, 2, weights=weights)[start_step * 24 :]
+        seen = np.concatenate([step.rows for step in whole])
+        np.testing.assert_array_equal(seen, samples.rows[order[: len(order) // 24 * 24]])
         slices = [
             list(plan_training(samples, 24, 5, 2, start_step, weights=weights, rank=rank, ranks=ranks))
             for rank in range(ranks)
@@ -143,8 +117,11 @@ def test_evaluation_sees_every_sample_once_over_the_ranks(ranks: int) -> None:
         whole = list(plan_evaluation(samples, 32))
         parts = [list(plan_evaluation(samples, 32, rank=rank, ranks=ranks)) for rank in range(ranks)]
         together = list(itertools.chain.from_iterable(parts))
-        assert [step.step for step in together] == list(range(len(whole)))
+        assert [step[:2] for step in together] == [(0, number) for number in range(len(whole))]
         seen = [step.rows for step in together]
+        assert {len(rows) for rows in seen[:-1]} <= {32}
+        late = [plan_evaluation(samples, 32, 2, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert [step.step for steps in late for step in steps] == list(range(2, len(whole)))
         np.testing.assert_array_equal(np.concatenate([samples.rows[:0], *seen]), samples.rows)
         lengths = list(map(len, parts))
         assert max(lengths) - min(lengths) <= 1
