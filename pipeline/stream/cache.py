@@ -232,12 +232,10 @@ class Remote:
         Raises OSError for more than `most` bytes: Content-Length may lie.
         """
         start = file.seek(0, os.SEEK_END)
-        if start == most:  # complete
-            return
         try:
             is_part, body = (_open_s3 if self.is_s3 else _open_http)(url, start)
         except Exception as error:
-            if find_status(error) == 416:  # Range Not Satisfiable: it ends before `start`
+            if find_status(error) == 416:  # Range Not Satisfiable: it ends at `start`, or before
                 return
             raise
         if not is_part:

@@ -32,11 +32,6 @@ class Samples(NamedTuple):
     rows: Rows
     shard_sizes: list[int]
 
-    @property
-    def images(self) -> Rows:
-        """Row numbers of all images, ascending."""
-        return np.sort(self.rows[self.rows >= 0])
-
     def thin(self, step: int) -> "Samples":
         """Every `step`-th sample, to be read in table order: they are not counted by shard."""
         return Samples(self.rows[::step], [])
