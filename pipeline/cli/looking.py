@@ -72,7 +72,7 @@ def stats(given: Stats) -> None:
     refuse_usage(given.format == "csv" and given.policy, "--format csv has no room for --policy; use json")
     split, views = given.split, given.views
     shards = [find_shards(source, given.cache) for source in given.sources]
-    table = load_tables([path for path, _ in shards], split, views, [*map(Path, given.facts)])
+    table = load_tables([path for path, _ in shards], split, views, [*map(Path, given.facts)], note=say)
     known = list_variables(table)
     refuse_usage(given.by not in (None, *known), f"--by {given.by}: these images can be grouped by {', '.join(known)}")
     report = _build_report(table, given)

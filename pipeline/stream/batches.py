@@ -253,7 +253,7 @@ def stream_batches(
 
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
     """The steps, each when its shards are on this machine."""
-    return _download_ahead(steps, split) if split.is_remote else iter(steps)
+    return _download_ahead(steps, split) if any(file.remote for file in split.shards) else iter(steps)
 
 
 def decode(

@@ -67,11 +67,6 @@ class OpenSplit:
         """The place of each image's folder in the `Shards`."""
         return np.array([file.place for file in self.shards])[self.shard]
 
-    @property
-    def is_remote(self) -> bool:
-        """Whether any of the shards has to be downloaded."""
-        return any(file.remote for file in self.shards)
-
 
 def open_split(
     folder: Path, manifest: Manifest, name: str, remote: Remote | None = None, table: pa.Table | None = None

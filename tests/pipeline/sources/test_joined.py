@@ -168,13 +168,15 @@ def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(chexper
 
 
 def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
-    demographics().to_csv(tmp_path / "facts.csv", index=False)
+    demographics(21).to_csv(tmp_path / "facts.csv", index=False)
     make(chexpert, tmp_path / "out", "--facts", tmp_path / "facts.csv", "--workers", 1)
     found = read_frame(tmp_path / "out")
     for source in ((tmp_path / "out",), (chexpert, "--facts", tmp_path / "facts.csv", "--views", "frontal")):
         for by in ("race", "age_at_cxr"):
             counted = run_pipeline("stats", *source, "--by", by, "--format", "json")
             assert counted.returncode == 0, counted.stderr
+            noted = "facts.csv: 1 of its patients are not in the data set, such as patient00021\n"
+            assert counted.stderr == (noted if "--facts" in source else "")
             groups = json.loads(counted.stdout)["by"]["groups"]
             expected = found[by].value_counts()
             names = [f"{value:.0f}" if by == "age_at_cxr" else value for value in sorted(expected.index)]
