@@ -251,12 +251,12 @@ def find_blank(source: Path) -> str:
     return read_manifest(source).policies["blank"] if (source / NAME).is_file() else "zeros"
 
 
-def checksum(data: bytes, encoding: str) -> int:
-    """The index's checksum of an image's stored bytes: CRC-32 or, of a PNG, Adler-32.
+def checksum(data: bytes | memoryview, encoding: str, before: int = 0) -> int:
+    """The index's checksum of an image's stored bytes: CRC-32, which continues from that `before`, or a PNG's Adler-32.
 
     A PNG holds the CRC-32 of its own parts, which cancel out: 16 bits would be left to tell images apart.
     """
-    return int((zlib_ng.adler32 if encoding == "png" else zlib_ng.crc32)(data))
+    return int(zlib_ng.adler32(data) if encoding == "png" else zlib_ng.crc32(data, before))
 
 
 def manifest_digest(folder: Path) -> str:

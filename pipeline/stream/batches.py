@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
+from sys import getrefcount
 from threading import Event
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.errors import DataError, printable
-from pipeline.images import decode_into
+from pipeline.images import Gray, decode_into, raw_header
 from pipeline.manifest import checksum
 from pipeline.stream.plan import WINDOW, Rows, Step
 from pipeline.stream.samples import OpenSplit
@@ -103,7 +104,7 @@ class Reader:
 
     def __init__(self, split: OpenSplit) -> None:
         self.split = split
-        self._open = lru_cache(KEPT_OPEN)(partial(_open_shard, split))
+        self._open = lru_cache(KEPT_OPEN)(lambda number: _OpenFile(split.shards[number].path()))
 
     def locate(self, rows: Rows) -> Iterator[tuple[int, int, int, int]]:
         """The place of each row's image: what `read` takes."""
@@ -122,9 +123,15 @@ class Reader:
             raise ValueError("its bytes do not match the checksum in the index")
         return data
 
-
-def _open_shard(split: OpenSplit, number: int) -> _OpenFile:
-    return _OpenFile(split.shards[number].path())
+    def decode(self, out: Gray, shard: int, offset: int, length: int, crc: int) -> None:
+        """Fill `out` [H, W], contiguous, with an image, resized to fit. Raises as `read` and `decode_into` do."""
+        header = raw_header(out.shape) if self.split.encoding == "raw" else b""
+        if header and length == len(header) + out.size:  # its pixels need no memory but `out`
+            file, begin = self._open(shard), bytearray(len(header))
+            os.preadv(file.descriptor, (begin, out.data), offset)
+            if begin == header and checksum(out.data, "raw", checksum(header, "raw")) == crc:
+                return
+        decode_into(out, self.read(shard, offset, length, crc), self.split.encoding)
 
 
 class Batch(NamedTuple):
@@ -265,6 +272,17 @@ def decode(
     """
     pending: deque[Future[tuple[Batch, dict[int, str]]]] = deque()
     reader = Reader(split)
+    memory = [np.empty((0, 1, *shape), np.uint8)]  # the first is never lent
+
+    def find_memory(images: int) -> Gray:
+        """That of a batch that nothing refers to any longer, or new: zeroing its pages takes longer than raw pixels."""
+        counts = list(map(getrefcount, memory))
+        for array, count in zip(memory, counts, strict=True):
+            if count == counts[0] and len(array) >= images:
+                return array[:images]
+        del memory[1 : -4 * threads]
+        memory.append(np.empty((images, 1, *shape), np.uint8))
+        return memory[-1]
 
     def next_result() -> Batch:
         batch, reasons = pending.popleft().result()
@@ -275,7 +293,7 @@ def decode(
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for step in steps:
-                pending.append(pool.submit(_decode_batch, step, reader, labels, shape))
+                pending.append(pool.submit(_decode_batch, step, reader, labels, find_memory(len(step.images))))
                 # One batch per thread at work, and as many finished ones waiting.
                 if len(pending) >= 2 * threads:
                     yield next_result()
@@ -292,15 +310,14 @@ def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> t
     return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
 
 
-def _decode_batch(step: Step, reader: Reader, labels: Labels, shape: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
-    """The batch of a step, and the reason for each bad image, by row."""
+def _decode_batch(step: Step, reader: Reader, labels: Labels, images: Gray) -> tuple[Batch, dict[int, str]]:
+    """The batch of a step, its `images` filled, and the reason for each bad image, by row."""
     split, rows = reader.split, step.images
     sample, place = np.nonzero(step.rows >= 0)
-    images = np.empty((len(rows), 1, *shape), np.uint8)
     usable, reasons = np.ones(len(rows), np.bool_), {}
     for position, stored in enumerate(reader.locate(rows)):
         try:
-            decode_into(images[position, 0], reader.read(*stored), split.encoding)
+            reader.decode(images[position, 0], *stored)
         except (ValueError, OSError) as error:
             row = int(rows[position])
             shard = split.shards[split.shard[row]].shard.file

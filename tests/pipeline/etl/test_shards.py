@@ -26,7 +26,7 @@ from pipeline.etl.writing import Reject, ShardRecord
 from pipeline.labels import LABELS
 from pipeline.manifest import Shard, read_manifest, read_table
 from pipeline.sources.rows import MISSING, read_images
-from tests.conftest import Shards, default_options, hashes, make_shards, refused
+from tests.conftest import Shards, default_options, flip, hashes, make_shards, refused
 
 
 def test_every_frontal_row_is_in_exactly_one_split(chexpert: Path, shards: Shards) -> None:
@@ -235,6 +235,13 @@ def test_encodings_and_squares_stream_alike(chexpert: Path, tmp_path: Path) -> N
             assert tar.getnames()[0].endswith(f".{suffix}")
     np.testing.assert_array_equal(batches["png"], batches["raw"])
     assert 0 < np.abs(batches["jpeg"] - batches["raw"]).mean() < 1
+    raw, tar_file = open_shards(tmp_path / "raw")["valid"], tmp_path / "raw" / "valid-000000.tar"
+    whole = tar_file.read_bytes()
+    for place in (7, 200):  # in the header of its first image, and in its pixels
+        flip(tar_file, raw.split.offset[0] + place)
+        with pytest.raises(DataError, match=r"valid-000000.tar: sample .* do not match the checksum in the index$"):
+            list(raw.batches(8, 32, epoch=None))
+        tar_file.write_bytes(whole)
 
 
 def kill_process(_: object) -> None:
