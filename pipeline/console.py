@@ -116,14 +116,13 @@ def refuse_usage(wrong: object, text: str) -> None:
         raise click.UsageError(text)
 
 
-def _begin() -> None:
-    """Before a command: check the limit of memory, whose lack the libraries below do not report."""
+def _check_memory() -> None:
+    """Raise DataError if too little memory is allowed, which the libraries below do not report."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if 0 <= limit < LEAST_MEMORY:  # RLIM_INFINITY is -1
         raise DataError(
             f"not enough memory: the limit (ulimit -v) is {limit // 1024:,} kB; raise it to {LEAST_MEMORY // 1024:,}"
         )
-    skip_pandas()
 
 
 def _terminate(number: int, _: object) -> NoReturn:
@@ -136,7 +135,7 @@ def run_command(command: click.Command, context: object = None) -> None:
 
     `context` is handed to commands that ask for it by `click.pass_obj`.
     """
-    command.callback = _begin  # which a group calls before the command, and not for --help
+    command.callback = skip_pandas  # which a group calls before the command, and not for --help
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, _terminate)
     # A shell that runs this in the background has it ignore Ctrl-C.
@@ -146,6 +145,7 @@ def run_command(command: click.Command, context: object = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        _check_memory()
         sys.exit(command.main(standalone_mode=False, obj=context))
     except click.ClickException as error:
         error.show()

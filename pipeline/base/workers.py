@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from itertools import islice
+from multiprocessing import forkserver
 from typing import Any, TypeVar
 
 from pipeline.base.errors import FULL, DataError, MachineError, explain_os_error
@@ -125,14 +126,31 @@ def _prepare_sockets() -> None:
         tempfile.tempdir = usual
 
 
+def start_server(modules: Sequence[str]) -> None:
+    """Start the fork server, which imports these modules for all workers; it may run already."""
+    _prepare_sockets()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*modules, "numpy.ma"])  # which Arrow imports late
+    with _without_interrupts():
+        forkserver.ensure_running()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Block SIGINT: processes inherit that, so Ctrl-C reaches the parent alone."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 @contextmanager
 def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
-    _prepare_sockets()
-    context = multiprocessing.get_context("forkserver")
-    # When the server starts, at the first task, it imports its parent's modules of this package for all workers.
     package = function.__module__.partition(".")[0]
-    context.set_forkserver_preload([name for name in sys.modules if name.partition(".")[0] == package])
     try:
+        # The modules of its parent, for all workers.
+        start_server([name for name in sys.modules if name.partition(".")[0] == package])
+        context = multiprocessing.get_context("forkserver")
         slots = context.RawArray("q", _SLOTS)
         pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(slots,))
     except OSError as error:
@@ -146,16 +164,13 @@ def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[P
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
-    """Submit, with SIGINT blocked: workers inherit that, so Ctrl-C reaches the parent alone."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(function, task)
+        with _without_interrupts():  # it starts a worker
+            return pool.submit(function, task)
     except BrokenProcessPool:  # found here rather than by wait(): the task must not be lost
         future: Future[Result] = Future()
         future.set_exception(BrokenProcessPool())
         return future
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 class _WithoutPandas(MetaPathFinder):

@@ -3,10 +3,12 @@
 A command's module is imported when the command runs, so that `--help` is quick.
 """
 
+import sys
 from importlib import import_module
 
 import click
 
+from pipeline.base.workers import start_server
 from pipeline.console import run_command
 
 COMMANDS = {  # name → module, and its line in --help
@@ -31,6 +33,8 @@ class Menu(click.Group):
         """The command, imported when needed."""
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name == "shards" and "--help" not in sys.argv:  # the workers' imports take as long as its own
+            start_server(["pipeline.etl.shards", "pipeline.sources.load"])
         command: click.Command = getattr(import_module(f"pipeline.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         return command
 

@@ -73,7 +73,7 @@ FULL_SHM = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero >
 @pytest.mark.parametrize(
     ("shell", "words", "error"),
     [
-        (["sh", "-c", 'ulimit -n 16; exec "$@"'], ["shards", "CheXpert-v1.0-small", "out"],
+        (["sh", "-c", 'ulimit -n 8; exec "$@"'], ["shards", "CheXpert-v1.0-small", "out"],
          "Too many open files; raise the limit, as by ulimit -n 4096"),
         (["sh", "-c", 'ulimit -v 600000; exec "$@"'], ["stats", "shards"],
          "not enough memory: the limit (ulimit -v) is 600,000 kB; raise it to 3,145,728"),
