@@ -5,7 +5,8 @@
 All contestants read the same files, use two processes and write 224-pixel JPEGs of quality 95; each result is
 the median over rounds of the whole command, start-up included; ratios are medians of the rounds' own ratios,
 because this machine's speed drifts. `codec` is the limit: decode, resize and encode in a bare loop, from
-memory. img2dataset lives in an environment of its own (PEERS).
+memory. img2dataset lives in an environment of its own (PEERS). At 320 pixels, the default, 390×320 JPEGs are decoded
+to check them and copied; `codec` decodes only, and cp -r neither decodes nor syncs.
 
 PNGs of 1024×1024 and DICOMs of 2,000×2,400 pixels and 12 bits, uncompressed, are converted to 320 pixels in one thread
 from memory, without the command; their bare loops are OpenCV's and pydicom's.
@@ -66,9 +67,9 @@ def make_source(folder: Path, images: int, large: bool) -> tuple[Path, list[Path
     return link_films(folder, [",".join(COLUMNS), *lines], originals), [folder / path for path in paths]
 
 
-def run_ours(source: Path, paths: list[Path], out: Path) -> None:
+def run_ours(source: Path, paths: list[Path], out: Path, size: int) -> None:
     per_shard = min(1000, len(paths) // 16)  # enough shards for the two processes to share
-    command = [PIPELINE, "shards", source, out, "--size", SIZE, "--dev", 0, "--workers", PROCESSES]
+    command = [PIPELINE, "shards", source, out, "--size", size, "--dev", 0, "--workers", PROCESSES]
     command += ["--samples-per-shard", per_shard]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
 
@@ -85,26 +86,31 @@ def run_img2dataset(source: Path, paths: list[Path], out: Path, peers: Path) -> 
         raise RuntimeError(f"img2dataset wrote {done} of {len(paths)} images")
 
 
-def run_codec(paths: list[Path]) -> float:
+def copy_files(source: Path, _: list[Path], out: Path) -> None:
+    subprocess.run(["/bin/cp", "-r", source, out], check=True)
+
+
+def run_codec(paths: list[Path], size: int) -> float:
     """Images/s of the bare loop in two processes, from memory."""
     with get_context("spawn").Pool(PROCESSES) as pool:
         halves = [paths[number::PROCESSES] for number in range(PROCESSES)]
-        return sum(pool.map(codec_loop, halves))
+        return sum(pool.map(partial(codec_loop, size=size), halves))
 
 
-def codec_loop(paths: list[Path]) -> float:
+def codec_loop(paths: list[Path], size: int) -> float:
     """Images/s of decode, resize and encode: nothing checked, nothing stripped, nothing written."""
     contents = [path.read_bytes() for path in paths[:400]]
     height, width, _, _ = simplejpeg.decode_jpeg_header(contents[0])
-    shape = (SIZE, round(width * SIZE / height))
-    part = next((part for part in SCALES if 2 * height >= 3 * part * SIZE), 1)  # as `pipeline shards`
+    shape = (size, round(width * size / height))
+    part = next((part for part in SCALES if 2 * height >= 3 * part * size), 1)  # as `pipeline shards`
     minimum = height // part if part > 1 else 0
     start = time.perf_counter()
     for number in range(len(paths)):
         data = contents[number % len(contents)]
         pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY", min_height=minimum, min_width=minimum)
-        small = resize(pixels[:, :, 0], *shape)
-        cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+        if shape != (height, width):
+            small = resize(pixels[:, :, 0], *shape)
+            cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
     return len(paths) / (time.perf_counter() - start)
 
 
@@ -160,16 +166,17 @@ def measure(convert: Callable[[bytes], object], files: list[bytes]) -> float:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--pngs", type=click.Path(path_type=Path), help="Folder of real PNGs; synthetic ones without it.")
 def main(peers: Path | None, images: int, rounds: int, pngs: Path | None) -> None:
-    """Print images/s and ratios for small and large JPEGs, then for PNGs and DICOMs."""
+    """Print CPU times for PNGs and DICOMs, then images/s and ratios for small, large and copied JPEGs."""
     print("PNG and DICOM to 320 pixels, one thread")
     compare_decoders(pngs, rounds)
-    for large in (False, True):
+    for large, size in ((False, SIZE), (True, SIZE), (False, 320)):
         count = images // 20 if large else images
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             source, paths = make_source(folder, count, large)
-            contestants: dict[str, Callable[..., None]] = {"pipeline shards": run_ours, "Pillow script": run_pillow}
-            if peers and not large:
+            contestants: dict[str, Callable[..., None]] = {"pipeline shards": partial(run_ours, size=size)}
+            contestants |= {"Pillow script": run_pillow} if size == SIZE else {"cp -r": copy_files}
+            if peers and not large and size == SIZE:
                 contestants["img2dataset"] = partial(run_img2dataset, peers=peers)
             rates: dict[str, list[float]] = {name: [] for name in (*contestants, "codec")}
             for _ in range(rounds):
@@ -179,8 +186,8 @@ def main(peers: Path | None, images: int, rounds: int, pngs: Path | None) -> Non
                     run(source, paths, out)
                     rates[contestant].append(count / (time.perf_counter() - start))
                     shutil.rmtree(out)
-                rates["codec"].append(run_codec(paths))
-            print(f"{'2828×2320' if large else '390×320'} to {SIZE}, {count:,} images, {rounds} rounds")
+                rates["codec"].append(run_codec(paths, size))
+            print(f"{'2828×2320' if large else '390×320'} to {size}, {count:,} images, {rounds} rounds")
             ours = rates["pipeline shards"]
             for contestant, values in rates.items():
                 ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))

@@ -199,7 +199,7 @@ def finish(task: tuple[Run, Plan]) -> Manifest:
     indexes = {split: index_split((run, plan, split)) for split in plan.rows}
     rejects = [reject for index in indexes.values() for reject in index.rejects]
     if rejects:
-        write_rejects(run.out, rejects)
+        write_csv(run.out / REJECTS, [Reject._fields, *sorted(rejects)])
     else:
         (run.out / REJECTS).unlink(missing_ok=True)
     measured = indexes.get("train", next(iter(indexes.values())))
@@ -233,8 +233,3 @@ def index_split(task: tuple[Run, Plan, str]) -> Index:
     levels = np.array([record.levels for record, _ in parts], np.int64).sum(axis=0)
     rejects = [reject for record, _ in parts for reject in record.rejects]
     return Index(entry, levels, rejects, find_unannotated(samples), name_facts(samples))
-
-
-def write_rejects(folder: Path, rejects: list[Reject]) -> None:
-    """Write rejects.csv."""
-    write_csv(folder / REJECTS, [Reject._fields, *sorted(rejects)])
