@@ -103,19 +103,13 @@ def _build_report(table: "pa.Table", given: Stats) -> Statistics:
     return report
 
 
-def _name(source: str | Path) -> str:
-    """The last part of a path or URL."""
-    from pipeline.stream.cache import redact
-
-    return Path(redact(str(source))).resolve().name
-
-
 def _render_page(
     given: Stats, shards: "Sequence[tuple[Path, Remote | None]]", report: Statistics, table: "pa.Table"
 ) -> str:
     from pipeline.look.label_report import render_label_report
     from pipeline.measure.audit import audit_labels
     from pipeline.sources.load import load_tables
+    from pipeline.stream.cache import redact
 
     split, views, sources = given.split, given.views, [path for path, _ in shards]
     audited = load_tables(sources, split, views, audited=True)
@@ -123,7 +117,7 @@ def _render_page(
     audit = audit_labels(audited, *cells, together=False)  # which takes longer
     scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
     scope.append(f"{views} views")
-    title = f"Labels of {', '.join(map(_name, given.sources))}"
+    title = f"Labels of {', '.join(Path(redact(str(source))).resolve().name for source in given.sources)}"
     return render_label_report(title, ", ".join(scope), report, table, audit)
 
 

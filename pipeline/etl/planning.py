@@ -117,7 +117,7 @@ def write_plan(run: Run) -> Plan:
         raise DataError(f"`strict`: {'; '.join(one_class)}; choose other policies")
     for split, table in tables.items():
         parts = divide_rows(table.combine_chunks(), options.samples_per_shard, options.views)
-        with atomic_file(_plan_path(run.partial, split)) as file, pa.ipc.new_file(file, table.schema) as writer:
+        with atomic_file(run.partial / f"{split}.plan") as file, pa.ipc.new_file(file, table.schema) as writer:
             rows[split] = []
             for part in parts:
                 writer.write_table(part)
@@ -127,16 +127,12 @@ def write_plan(run: Run) -> Plan:
 
 def read_planned(folder: Path, split: str, number: int) -> pa.RecordBatch:
     """The rows of one shard. They are read, not mapped: a memory map would stay resident. Raises DataError."""
-    path = _plan_path(folder, split)
+    path = folder / f"{split}.plan"
     try:
         with path.open("rb") as file:
             return pa.ipc.open_file(file).get_batch(number)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}; the same command writes it again") from error
-
-
-def _plan_path(folder: Path, split: str) -> Path:
-    return folder / f"{split}.plan"
 
 
 def preview_split(table: pa.Table, source: Source, options: Options) -> tuple[list[str], int, int]:

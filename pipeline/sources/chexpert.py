@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from pipeline.base.csvs import demand_columns, read_strings
 from pipeline.base.errors import DataError
-from pipeline.base.store import list_folders, named_failures, open_location
+from pipeline.base.store import list_folders, open_location
 from pipeline.identity import Note, ignore
 from pipeline.labels import COLUMNS, FACTS, LABELS
 from pipeline.sources.source import AGE, PROJECTION, SEX, Column, DataSet, find_files, read_terms
@@ -44,16 +44,15 @@ class Chexpert(DataSet):
 
         None if there are none. Raises DataError if several folders in it hold CSVs.
         """
-        with named_failures(folder, "cannot be read"):
-            if csvs := _csvs_in(folder):
-                return csvs
-            # A hidden folder is no data set, but a remnant of `pipeline sample` if it is killed.
-            names = [name for name in list_folders(folder) if not name.startswith(".")]
-            inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
-            holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
-            path = folder.resolve()
-            if not inside and holds_images and path.name not in _SPLIT_FOLDERS and (csvs := _csvs_in(path.parent)):
-                return csvs
+        if csvs := _csvs_in(folder):
+            return csvs
+        # A hidden folder is no data set, but a remnant of `pipeline sample` if it is killed.
+        names = [name for name in list_folders(folder) if not name.startswith(".")]
+        inside = {name: csvs for name in names if (csvs := _csvs_in(folder / name))}
+        holds_images = any(name in _SPLIT_FOLDERS or _PATIENT.fullmatch(name) for name in names)
+        path = folder.resolve()
+        if not inside and holds_images and path.name not in _SPLIT_FOLDERS and (csvs := _csvs_in(path.parent)):
+            return csvs
         if len(inside) > 1:
             raise DataError(f"{folder}: CSVs in several folders ({', '.join(inside)}); name one of them")
         return next(iter(inside.values()), None)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.base.csvs import line_of, read_data
+from pipeline.base.csvs import name_row, read_data
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED
 
@@ -74,8 +74,7 @@ def parse_findings(
     if unknown >= 0:
         row = pc.index(encoded.indices, int(place[unknown])).as_py()
         finding = quote(words[unknown].as_py(), 80)
-        where = f"{path}, line {line_of(path, row)}, column {name}"
-        raise DataError(f"{where}: '{finding}' is not a finding of this set")
+        raise DataError(f"{name_row(path, row)}, column {name}: '{finding}' is not a finding of this set")
     listed = np.zeros((len(lists), len(findings.names)), np.bool_)
     listed[place, codes.to_numpy()] = True
     states = np.full((len(lists), len(LABELS)), NOT_ANNOTATED, np.int8)

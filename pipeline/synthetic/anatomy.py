@@ -10,11 +10,14 @@ of the image's shorter side: x from the midline to the side, y downward, z from 
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.base.csvs import read_data
 
 Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follow
 
@@ -451,29 +454,20 @@ def draw_fracture(canvas: Canvas, finding: Finding, rng: np.random.Generator) ->
         canvas.stroke(canvas.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
 
 
-# Each device's curves: the radius in pixels, and points (x, y, z) in hundredths.
-DEVICES = (
-    ("1.8: 0 -10 0, 0.5 20 1, 0 36 2", "1.4: 1 -10 3, 1 50 6, 5 80 3, 20 84 -5"),  # endotracheal and gastric tube
-    ("1.4: -50 10 0, -28 16 -5, -6 20 -4, -5 50 0",),  # central venous line
-    # A pacemaker's box and lead; electrodes, as wires that end in discs; sternal wires.
-    ("13: 27 22 -25, 29 25 -25", "1.4: 27 22 -25, 10 12 -10, -8 30 -5, -5 70 -10, 13 70 -20"),
-    (
-        *("1.0: -55 50 -30, -30 36 -27, -24 26 -25", "4.5: -24 26 -25, -24 26.2 -25"),
-        *("1.0: 55 75 -30, 42 35 -27, 27 28 -25", "4.5: 27 28 -25, 27 28.2 -25"),
-        *("1.0: 55 90 -20, 40 85 -22, 31 70 -24", "4.5: 31 70 -24, 31 70.2 -24"),
-    ),
-    tuple(f"1.3: -1.6 {y} -27, 1.2 {y - 1.2} -27, 1.4 {y + 1.2} -27, -1.4 {y} -27" for y in range(30, 60, 7)),
-)
+# Each device's curves: the radius in pixels, and points (x, y, z) in hundredths. A short, thick one is a disc or box.
+DEVICES: dict[str, list[tuple[float, Array]]] = {}
+for _row in read_data(Path(__file__).parent, "devices.csv"):
+    _points = np.array([point.split() for point in _row["points"].split(",")], float)
+    DEVICES.setdefault(_row["device"], []).append((float(_row["radius"]), _points))
 
 
 def draw_devices(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> None:
     """Tubes, lines, a pacemaker, electrodes, sternal wires: bright thin curves."""
     shift = rng.normal(0, 0.012, 3)
     for kit in rng.permutation(len(DEVICES))[: 1 + round(2.5 * finding.severity)]:
-        for radius, points in (curve.split(":") for curve in DEVICES[kit]):
-            places = np.array([point.split() for point in points.split(",")], float) / 100 + shift
-            place = places[None, :, [2, 1] if canvas.lateral else [0, 1]]
-            canvas.stroke(canvas.metal, place, float(radius), 0.55 + 0.4 * finding.severity)
+        for radius, points in [*DEVICES.values()][kit]:
+            place = (points / 100 + shift)[None, :, [2, 1] if canvas.lateral else [0, 1]]
+            canvas.stroke(canvas.metal, place, radius, 0.55 + 0.4 * finding.severity)
 
 
 SIGNS: dict[str, Callable[[Canvas, Finding, np.random.Generator], None]] = {
