@@ -24,7 +24,7 @@ from pipeline.base.files import write_atomically, write_json
 from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits
 from pipeline.base.tabular import Table
 from pipeline.labels import LABELS
-from pipeline.measure.delong import Areas, combine, measure_areas, weigh_labels
+from pipeline.measure.delong import Areas, combine, measure_areas, subtract, weigh_labels
 from pipeline.measure.metrics import Figure, count_classes
 from pipeline.stream.dataset import Shards
 
@@ -134,10 +134,7 @@ def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> Matrix:
             matrix.sets[name] = {"split": split, "images": len(images.scores)}
         matrix.cells[name] = {
             run: {
-                key: {
-                    "auroc": combine(areas, share),
-                    "less": combine(areas.join(measured[name]), np.concatenate([share, -share])),
-                }
+                key: {"auroc": combine(areas, share), "less": subtract([areas], [measured[name]], share)}
                 for key, share in shares.items()
             }
             for run, areas in measured.items()
@@ -157,7 +154,7 @@ def tabulate_cross(matrix: Matrix, label: str) -> Table:
             auroc, less = (matrix.cells[name][run][label][part] for part in ("auroc", "less"))
             below = " ✗" if auroc["high"] < 0.5 else ""
             row += [f"{show_figure(auroc['value'])}{below} {show_limits(auroc)}"]
-            row += ["" if run == name else f"{less['value']:+.3f} {show_limits(less)}"]
+            row += ["" if run == name else f"{less['value']:+z.3f} {show_limits(less)}"]
         rows.append(row)
     return Table(title, ("trained on", *columns), rows)
 

@@ -5,7 +5,7 @@ trial on dev.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically, write_csv
 from pipeline.base.tabular import Table
-from pipeline.measure.delong import Areas, average, combine, measure_areas, weigh_labels
+from pipeline.measure.delong import average, measure_areas, subtract, weigh_labels
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import Figure
 
@@ -66,8 +66,7 @@ def compare_settings(job: Job, trials: Sequence[Trial]) -> list[Setting]:
     best, *_ = sides = [[areas[trial.number] for trial in group] for group in ranked.values()]
     settings = []
     for item, side in zip(ranked.items(), sides, strict=True):
-        signed = [share / len(best)] * len(best) + [-share / len(side)] * len(side)
-        settings.append(Setting(*item, combine(reduce(Areas.join, best + side), np.concatenate(signed))))
+        settings.append(Setting(*item, subtract(best, side, share)))
     return settings
 
 

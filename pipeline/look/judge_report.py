@@ -39,15 +39,6 @@ class Section(NamedTuple):
     body: Markup
 
 
-class Tile(NamedTuple):
-    """A figure in large type."""
-
-    name: str
-    figure: str
-    note: str
-    others: Mapping[str, str]  # in small type below
-
-
 def render_page(
     title: str,
     evaluations: Sequence[Evaluation],
@@ -67,7 +58,8 @@ def render_page(
         more=more,
         methods=read_lines("methods"),
         judged=judged,
-        list_tiles=list_tiles,
+        means=MEANS,
+        units=UNITS,
         draw_forest=draw_forest,
         draw_curves=draw_curves,
     )
@@ -89,24 +81,6 @@ def describe_data(evaluation: Evaluation, dataset: str = "") -> str:
     chosen = f", chosen by {', '.join(head['chosen_by'])}" if head.get("chosen_by") else ""
     other = "; not the shards that the run was trained on" if "own" in head else ""
     return f"{about}: {size}{chosen}{other}."
-
-
-def list_tiles(evaluation: Evaluation) -> list[Tile]:
-    """The means of images and of studies, and the difference to each other scorer."""
-    tiles = []
-    for level in evaluation.distinct_levels:
-        size = show_count(evaluation.get(UNITS[level], None, level).value)
-        rows = {mean: evaluation.get("auroc", mean, level) for mean in MEANS}
-        best = rows.pop(evaluation.best_mean(level))
-        others = {MEANS[mean]: row.shown for mean, row in rows.items() if row.value is not None}
-        note = f"AUROC, {MEANS[str(best.label)]}"
-        tiles.append(Tile(f"per {level}, {size} {UNITS[level]}", best.shown, note, others))
-    best = evaluation.get("auroc", evaluation.best_mean())
-    differences = [
-        evaluation.get("auroc_difference", best.label, scorer=scorer) for scorer in evaluation.head.get("against", ())
-    ]
-    note = f"difference in AUROC, {MEANS[str(best.label)]}"
-    return tiles + [Tile(f"vs. {row.scorer}", row.change, note, {}) for row in differences]
 
 
 def draw_forest(evaluation: Evaluation) -> Markup:

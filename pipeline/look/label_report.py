@@ -6,7 +6,7 @@ The page shows the numbers of `pipeline stats --format json`, for every grouping
 matplotlib version give the same bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,6 @@ NAMED_SHARE = 5.0  # percent: narrower bars have no room for a number
 STRENGTH = 0.55  # of the color at 100 %: numbers stay legible on light and dark backgrounds
 KINDS = ("acquisition", "together", "content")  # of covariates, from left to right
 COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, pages.BLANK), strict=True))
-LEGEND = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
 
 
 def render_label_report(title: str, scope: str, report: Statistics, table: pa.Table, audit: Audit) -> str:
@@ -39,7 +38,7 @@ def render_label_report(title: str, scope: str, report: Statistics, table: pa.Ta
     """
     counted = (count_groups(table, variable) for variable in NO_GROUP)
     groups = [tabulate_shares(by) for by in counted if len(by["groups"]) > 1]
-    together = partial(draw_cooccurrence, cooccurrence=count_cooccurrence(table))
+    together = partial(draw_cooccurrence, counts=count_cooccurrence(table))
     return pages.render(
         "pipeline.look",
         "labels.html",
@@ -99,24 +98,23 @@ def draw_states(axes: "Axes", statistics: Statistics) -> None:
         faint = pages.BLANK
         hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": faint, "hatch": "////", "linewidth": 0.6}
         axes.barh(range(len(labels)), rest, left=start, height=0.82, label="not annotated", **hatched)
-    axes.set_xlim(0, 100)
-    _name_rows(axes, list(labels), "share of images (%)")
+    axes.set(xlim=(0, 100), ylim=(len(labels) - 0.5, -0.5), xlabel="share of images (%)")
+    axes.set_yticks(range(len(labels)), labels=list(labels))
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    legend = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4 + any(rest), **legend)  # above
 
 
-def draw_cooccurrence(axes: "Axes", cooccurrence: Mapping[str, Mapping[str, int]]) -> None:
-    """P(column | row) in percent, as a number and as strength of color.
+def draw_cooccurrence(axes: "Axes", counts: Floats) -> None:
+    """P(column | row) in percent, as a number and as strength of color, from `count_cooccurrence`.
 
     The diagonal, always 100, and rows without positives are left out.
     """
-    labels = list(cooccurrence)
-    shares = np.full((len(labels), len(labels)), np.nan)
-    for y, (label, row) in enumerate(cooccurrence.items()):
-        for x, other in enumerate(labels):
-            if label != other and row[label]:
-                shares[y, x] = row[other] / row[label]
-    _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares])
-    axes.set_xticks(range(len(labels)), labels=labels, rotation=90)
-    axes.set_yticks(range(len(labels)), labels=labels)
+    positives = np.diag(counts)[:, None]
+    shares = np.divide(counts, positives, out=np.full(counts.shape, np.nan), where=positives > 0)
+    np.fill_diagonal(shares, np.nan)
+    _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares], LABELS, LABELS)
 
 
 def draw_audit(axes: "Axes", audit: Audit) -> None:
@@ -132,9 +130,7 @@ def draw_audit(axes: "Axes", audit: Audit) -> None:
         y, x = labels.index(clue.label), columns.index(clue.covariate)
         strengths[y, x] = max(clue.strength, 0.5)
         texts[y][x] = f"{100 * clue.strength:.0f}{'!' if clue.alarm else ''}"
-    _draw_cells(axes, 2 * strengths - 1, texts)
-    axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
-    axes.set_yticks(range(len(labels)), labels=labels)
+    _draw_cells(axes, 2 * strengths - 1, texts, labels, columns)
     for kind in KINDS:
         places = [place for place, name in enumerate(columns) if kinds[name] == kind]
         if places and kind != "together":  # its one column has that name
@@ -143,7 +139,9 @@ def draw_audit(axes: "Axes", audit: Audit) -> None:
             axes.axvline(max(places, default=-1) + 0.5, color=pages.PAPER, linewidth=4)
 
 
-def _draw_cells(axes: "Axes", shares: Floats, texts: Sequence[Sequence[str]]) -> None:
+def _draw_cells(
+    axes: "Axes", shares: Floats, texts: Sequence[Sequence[str]], rows: Sequence[str], columns: Sequence[str]
+) -> None:
     """A heat map of shares [R, C], with a text in each cell; NaN cells are gray and empty."""
     from matplotlib.patches import Rectangle  # slow to load, and a terminal shows counts, too
 
@@ -154,22 +152,11 @@ def _draw_cells(axes: "Axes", shares: Floats, texts: Sequence[Sequence[str]]) ->
         axes.add_patch(cell)
         if not left_out:
             axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=8, color=pages.INK)
-    axes.set_xlim(-0.5, shares.shape[1] - 0.5)
-    axes.set_ylim(len(shares) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
+    axes.set_yticks(range(len(rows)), labels=rows)
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-def _name_rows(axes: "Axes", labels: list[str], xlabel: str) -> None:
-    """Put the first label on top and the legend above, without a frame."""
-    axes.set_yticks(range(len(labels)), labels=labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlabel(xlabel)
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    handles, _ = axes.get_legend_handles_labels()
-    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=min(len(handles), 5), **LEGEND)
-    legend.set_frame_on(False)
 
 
 def tabulate_counts(report: Statistics) -> Table:

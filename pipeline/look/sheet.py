@@ -32,12 +32,6 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 PAPER, INK, FAINT = "#14171b", "#e4e8ec", "#98a2ad"
 # Sign and color of each state in captions; blank cells are not listed.
 SIGNS = {"positive": ("+", "#ff8c3a"), "uncertain": ("?", "#f0e442"), "negative": ("−", "#56b4e9")}
-SHORT = {
-    "Enlarged Cardiomediastinum": "Enl. Cardiomed.",
-    "Pleural Effusion": "Effusion",
-    "Pleural Other": "Pl. Other",
-    "Support Devices": "Devices",
-}
 TILE = 256  # pixels: the longer side of an image on the sheet
 GAP = 14  # pixels
 TEXT, LINE = 12, 16  # pixels: font size and line spacing of captions
@@ -98,10 +92,10 @@ def _describe_rows(split: OpenSplit, rows: Rows) -> list[Caption]:
 
 
 def describe_sample(row: Mapping[str, object]) -> Caption:
-    """Key and labels of a row of the table, such as `+ Edema, Effusion`; blank labels are not listed."""
+    """Key and labels of a row of the table, such as `+ Edema, Fracture`; blank labels are not listed."""
     caption = [(str(row["key"]), FAINT)]
     for state, (sign, color) in SIGNS.items():
-        labels = [SHORT.get(label, label) for label in LABELS if row[label] == STATES[state]]
+        labels = [label for label in LABELS if row[label] == STATES[state]]
         if labels:
             caption.append((f"{sign} {', '.join(labels)}", color))
     return caption

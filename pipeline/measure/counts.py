@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -77,12 +78,12 @@ def list_variables(table: pa.Table) -> list[str]:
     return [*NO_GROUP, *few]
 
 
-def count_cooccurrence(table: pa.Table) -> dict[str, dict[str, int]]:
-    """Label → label → images in which both are positive; the diagonal holds the label's positives."""
+def count_cooccurrence(table: pa.Table) -> npt.NDArray[np.float64]:
+    """Images in which two labels are positive [14, 14]; the diagonal holds each label's positives."""
     states, _ = label_states(table)
     positive = (states == 1).astype(np.float64)  # exact up to 2^53 images, and BLAS is far faster than int64
-    together = (positive.T @ positive).astype(np.int64).tolist()
-    return {label: dict(zip(LABELS, row, strict=True)) for label, row in zip(LABELS, together, strict=True)}
+    together: npt.NDArray[np.float64] = positive.T @ positive
+    return together
 
 
 def parse_policies(text: str) -> tuple[dict[str, str], str]:

@@ -20,6 +20,7 @@ with other methods.
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -174,6 +175,12 @@ def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
     pooled = float(shares.sum() ** 2 / (shares**2 / freedom).sum()) / 2
     half = widest * student_quantile(max(pooled, 1), level) / Z
     return {"value": middle, "low": middle - half, "high": middle + half}
+
+
+def subtract(left: Sequence[Areas], right: Sequence[Areas], weights: Floats) -> Figure:
+    """The mean of Σ weight · area over `left` less that over `right`, paired by patient; for weights [A]."""
+    signed = [weights / len(left)] * len(left) + [-weights / len(right)] * len(right)
+    return combine(reduce(Areas.join, [*left, *right]), np.concatenate(signed))
 
 
 def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from pipeline.manifest import name_facts
 from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
-from pipeline.measure.delong import Areas, average, combine, measure_areas, measure_precision, weigh_labels
+from pipeline.measure.delong import Areas, average, combine, measure_areas, measure_precision, subtract, weigh_labels
 from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation
 from pipeline.measure.metrics import (
     FEW,
@@ -279,7 +279,7 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
         macro = combine(areas, share if group in compared else 0 * share)
         evaluation.add(level, "macro", "auroc", group=group, **macro, note=", ".join(kept))
     for group, areas in list(compared.items())[1:]:
-        difference = combine(areas.join(next(iter(compared.values()))), np.concatenate([share, -share]))
+        difference = subtract([areas], [next(iter(compared.values()))], share)
         evaluation.add(level, "macro", "auroc_less_first", group=group, **difference)
 
 
@@ -370,12 +370,13 @@ def add_comparisons(
     groups = {name: [areas] for name, areas in measured.items()} | ({mean: [*measured.values()]} if mean else {})
     for scorer, group in groups.items():
         for metric, area in own.items():
-            joined = reduce(Areas.join, [areas[metric] for areas in group], area)
+            theirs = [areas[metric] for areas in group]
             for label, over in means.items():
                 share = weigh_labels(names, over)
-                weights = np.tile(share / len(group), len(group))
-                for name, sides in ((metric, [0 * share, weights]), (f"{metric}_difference", [share, -weights])):
-                    evaluation.add(level, label, name, **combine(joined, np.concatenate(sides)), scorer=scorer)
+                figure = combine(reduce(Areas.join, theirs), np.tile(share / len(theirs), len(theirs)))
+                evaluation.add(level, label, metric, **figure, scorer=scorer)
+                difference = subtract([area], theirs, share)
+                evaluation.add(level, label, f"{metric}_difference", **difference, scorer=scorer)
 
 
 def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:

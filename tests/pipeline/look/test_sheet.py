@@ -81,7 +81,7 @@ def test_a_caption_has_key_and_labels_alone() -> None:
     row = dict.fromkeys(LABELS) | {"Edema": 1, "Pleural Effusion": 1, "Fracture": -1, "Pneumonia": 0}
     caption = describe_sample(row | {"key": "patient1_study2_view1_frontal", "sex": "Female", "age": 71})
     assert [text for text, _ in caption] == [
-        "patient1_study2_view1_frontal", "+ Edema, Effusion", "? Fracture", "− Pneumonia"
+        "patient1_study2_view1_frontal", "+ Edema, Pleural Effusion", "? Fracture", "− Pneumonia"
     ]  # fmt: skip
 
 
