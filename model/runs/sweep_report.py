@@ -199,10 +199,10 @@ def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
     x, y = (place(axes, *side) for side in sides)
     values = np.array([trial.figures[f"{metric}_auroc"] for trial in points.values()], float)
     axes.margins(0.15)
-    drawn = axes.scatter(x, y, c=values, cmap="cividis", edgecolors=pages.INK, linewidths=0.8, s=80)
-    axes.plot(x[0], y[0], "*", markersize=17, markerfacecolor="white", markeredgecolor="black")
+    drawn = axes.scatter(x, y, c=values, cmap="cividis", edgecolors=pages.INK, linewidths=0.8, s=200)
+    axes.plot(x[0], y[0], "*", markersize=9, markerfacecolor="white", markeredgecolor="black")
     for right, up, value in zip(x, y, values, strict=True) if len(points) <= FEW**2 else ():
-        axes.annotate(f"{value:.3f}", (right, up), (0, 9), textcoords="offset points", ha="center")
+        axes.annotate(f"{value:.3f}", (right, up), (0, 10), textcoords="offset points", ha="center")
     figure = axes.get_figure()
     if figure is not None:
         figure.colorbar(drawn, ax=axes).outline.set_visible(False)

@@ -1,6 +1,6 @@
 import re
 from dataclasses import asdict, replace
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -91,28 +91,17 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.tables: dict[str, list[list[list[str]]]] = {}
-        self._rows: list[list[str]] | None = None
-        self._in_cell = False
         self.feed(html)
+        for kind, body in re.findall(r'<table class="(\w+)">(.*?)</table>', html, re.DOTALL):
+            rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in body.split("<tr>")[1:]]
+            plain = [[unescape(re.sub("<.*?>", "", cell)) for cell in row] for row in rows]
+            self.tables.setdefault(kind, []).append(plain)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag == "table":
-            self._rows = []
-            self.tables.setdefault(dict(attrs)["class"] or "", []).append(self._rows)
-        elif tag == "tr" and self._rows is not None:
-            self._rows.append([])
-        elif tag in ("td", "th") and self._rows is not None:
-            self._rows[-1].append("")
-            self._in_cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_cell = self._in_cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        if self._in_cell and self._rows is not None:
-            self._rows[-1][-1] += data
 
 
 TABLE = Table(
