@@ -70,48 +70,33 @@ def test_steps_are_adamws_and_continue_from_a_checkpoint_to_the_bit(tmp_path: Pa
     torch.testing.assert_close(resumed.state_dict(), ours.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("arch", "rates"),
-    [
-        (
-            "rescnn",
-            {
-                "stem.0.weight": 2**-9,
-                "stem.1.bias": 2**-9,
-                "blocks.0.branch.0.weight": 2**-8,
-                "blocks.2.shortcut.1.weight": 2**-6,
-                "blocks.6.branch.3.weight": 2**-2,
-                "blocks.7.branch.7.bias": 2**-1,
-                "head.2.weight": 1.0,
-                "head.2.bias": 1.0,
-            },
-        ),
-        (
-            "resnet18",
-            {
-                "conv1.weight": 2**-9,
-                "bn1.weight": 2**-9,
-                "layer1.0.conv1.weight": 2**-8,
-                "layer4.0.downsample.0.weight": 2**-2,
-                "layer4.1.bn2.bias": 2**-1,
-                "fc.bias": 1.0,
-            },
-        ),
-        (
-            "densenet121",
-            {
-                "features.conv0.weight": 2**-5,
-                "features.norm0.bias": 2**-5,
-                "features.denseblock1.denselayer6.conv2.weight": 2**-4,
-                "features.transition1.conv.weight": 2**-4,
-                "features.denseblock4.denselayer1.norm1.weight": 2**-1,
-                "features.norm5.weight": 2**-1,
-                "classifier.weight": 1.0,
-            },
-        ),
-    ],
-)
-def test_blocks_learn_at_rates_that_decay_with_depth(arch: str, rates: dict[str, float]) -> None:
+BLOCKS = {  # the depth of some parameters
+    "rescnn": {
+        9: "stem.0.weight stem.1.bias",
+        8: "blocks.0.branch.0.weight",
+        6: "blocks.2.shortcut.1.weight",
+        1: "blocks.7.branch.7.bias",
+        0: "head.2.weight head.2.bias",
+    },
+    "resnet18": {
+        9: "conv1.weight bn1.weight",
+        8: "layer1.0.conv1.weight",
+        2: "layer4.0.downsample.0.weight",
+        1: "layer4.1.bn2.bias",
+        0: "fc.bias",
+    },
+    "densenet121": {
+        5: "features.conv0.weight features.norm0.bias",
+        4: "features.denseblock1.denselayer6.conv2.weight features.transition1.conv.weight",
+        1: "features.denseblock4.denselayer1.norm1.weight features.norm5.weight",
+        0: "classifier.weight",
+    },
+}
+
+
+@pytest.mark.parametrize("arch", BLOCKS)
+def test_blocks_learn_at_rates_that_decay_with_depth(arch: str) -> None:
+    rates = {name: 0.5**depth for depth, names in BLOCKS[arch].items() for name in names.split()}
     network = build_network(arch, 14)
     optimizer = build_optimizer(network, lr=1.0, weight_decay=0.1, layer_decay=0.5)
     set_lr(optimizer, 0.3)
