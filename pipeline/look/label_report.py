@@ -79,31 +79,27 @@ def _draw(draw: "Callable[[Axes], None]", description: str, inches: tuple[float,
 def draw_states(axes: "Axes", statistics: Statistics) -> None:
     """One 100 % bar per label: its images by state, hatched if not annotated."""
     labels = statistics["labels"]
-    start = [0.0] * len(labels)
+    rest = np.array([counts.get("not_annotated", 0) for counts in labels.values()])
+    left = np.zeros(len(labels))
     for state in STATES:
-        shares = [100 * (counts[state] or 0) / statistics["images"] for counts in labels.values()]
-        color = COLORS[state]
-        bars = axes.barh(range(len(labels)), shares, left=start, height=0.82, color=color, label=state)
+        shares = 100 * np.array([counts[state] for counts in labels.values()]) / statistics["images"]
         # Thin lines separate the states for readers who cannot tell their colors apart.
-        for bar in bars:
-            bar.set(edgecolor=pages.PAPER, linewidth=0.6)
+        drawn: dict[str, Any] = {"color": COLORS[state], "edgecolor": pages.PAPER, "linewidth": 0.6}
+        bars = axes.barh(range(len(labels)), shares, left=left, height=0.82, label=state, **drawn)
         texts = [f"{share:.0f}" if share >= NAMED_SHARE else "" for share in shares]
         text_color = pages.INK if state == "blank" else pages.ON_STATE
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
-        start = [left + share for left, share in zip(start, shares, strict=True)]
-    rest = [
-        100 - left if counts.get("not_annotated") else 0.0 for left, counts in zip(start, labels.values(), strict=True)
-    ]
-    if any(rest):
-        faint = pages.BLANK
-        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": faint, "hatch": "////", "linewidth": 0.6}
-        axes.barh(range(len(labels)), rest, left=start, height=0.82, label="not annotated", **hatched)
+        left += shares
+    if rest.any():
+        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": pages.BLANK, "hatch": "////", "linewidth": 0.6}
+        shares = 100 * rest / statistics["images"]
+        axes.barh(range(len(labels)), shares, left=left, height=0.82, label="not annotated", **hatched)
     axes.set(xlim=(0, 100), ylim=(len(labels) - 0.5, -0.5), xlabel="share of images (%)")
     axes.set_yticks(range(len(labels)), labels=list(labels))
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     legend = {"handlelength": 1, "handletextpad": 0.5, "columnspacing": 1.2, "borderaxespad": 0.2}
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4 + any(rest), **legend)  # above
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4 + bool(rest.any()), **legend)  # above
 
 
 def draw_cooccurrence(axes: "Axes", counts: Floats) -> None:
