@@ -35,6 +35,7 @@ from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
+from pipeline.base.store import read_bytes
 from pipeline.base.tabular import Table
 from pipeline.command import FILE, Fields, Several, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say_next
@@ -232,7 +233,7 @@ def is_finished(config: Config, setup: Setup, run: Path) -> bool:
     start = open_start(config, setup.init)
     if resolve_config(config, setup.open(), setup.teacher, start) != read_config(run):
         return False  # `open_run` reports the difference
-    say_finished(run, json.loads((run / "metrics.jsonl").read_bytes().splitlines()[-1])["step"])
+    say_finished(run, json.loads(read_bytes(run / "metrics.jsonl").splitlines()[-1])["step"])
     return True
 
 

@@ -26,6 +26,7 @@ from model.names import (
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
 from pipeline.base.options import check_values, list_options, option
+from pipeline.base.store import read_bytes
 from pipeline.base.workers import share_of_cores
 from pipeline.console import say
 from pipeline.labels import LABELS, VIEWS, find_label, parse_labels
@@ -459,7 +460,7 @@ def _choose_labels(labels: Sequence[str], shards: "Shards") -> tuple[str, ...]:
 def teacher_digest(teacher: Path, shards: "Shards") -> str:
     """sha256 of a run's scores of train. If missing, raises DataError with the command that writes them."""
     try:
-        return hashlib.sha256((teacher / TEACHER_SCORES).read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(teacher / TEACHER_SCORES)).hexdigest()
     except FileNotFoundError:
         options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
         if any((teacher / file).exists() for file in ("best.pt", ENSEMBLE)):
@@ -485,7 +486,7 @@ def read_config(run: Path) -> Config:
     """The configuration of a run. Raises DataError if it is missing or invalid."""
     path = run / "config.json"
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_bytes(path))
         # Every setting: a default may not be what the run used.
         settings = {item.name: values.pop(item.name) for item in fields(Config)}
         tuples: dict[str, object] = {name: tuple(v) for name, v in settings.items() if isinstance(v, list)}

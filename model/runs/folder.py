@@ -30,6 +30,7 @@ from model.runs.config import Config, name_outputs, read_config
 from model.runs.job import Job
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import named_writes, write_atomically, write_json
+from pipeline.base.store import read_bytes
 from pipeline.console import say, say_once
 from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
@@ -179,7 +180,7 @@ def record_environment(job: Job) -> None:
         "ranks": job.ranks.count,
     }
     path = job.run / "environment.jsonl"
-    before = path.read_bytes() if path.exists() else b""
+    before = read_bytes(path) if path.exists() else b""
     write_atomically(path, before + (json.dumps(line) + "\n").encode())
 
 
@@ -194,7 +195,7 @@ def send_curves(job: Job) -> Iterator[Log]:
         if terms and getattr(setup, name):
             sent = f"`{name}` sends settings and figures of this run to others"
             say_once(f"Warning: {sent}; make sure that the {terms} allows it")
-    digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()[:8]
+    digest = hashlib.sha256(read_bytes(run / "config.json")).hexdigest()[:8]
     identity = re.sub(r"[^\w.-]", "-", f"{run.name}-{digest}")
     settings: dict[str, Any] = {"config": asdict(job.config), "sync_tensorboard": True, "save_code": False}
     with ExitStack() as stack:

@@ -4,7 +4,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     """
     images: list[Path] = []
     for path in paths:
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+        below = (file for file in path.rglob("*") if file.is_file() or not file.exists())  # a link may lead nowhere
+        files = [path] if path.is_file() else sorted(below)
         chosen = [file for file in files if file == path or _is_image(file)]
         others = Counter(file.suffix.lower() or "other" for file in {*files} - {*chosen})
         for suffix, count in sorted(others.items()):
@@ -51,12 +51,14 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def _is_image(file: Path) -> bool:
-    """Whether the suffix is an image's or, because DICOM files often have none, the content is DICOM."""
+    """Whether the suffix is an image's or, because DICOM files often have none, the content is DICOM, or unreadable."""
     if file.suffix.lower() in IMAGE_SUFFIXES or file.name == "DICOMDIR":
         return file.name != "DICOMDIR"
-    with suppress(OSError), file.open("rb") as opened:
-        return opened.read(132)[128:] == b"DICM"
-    return False
+    try:
+        with file.open("rb") as opened:
+            return opened.read(132)[128:] == b"DICM"
+    except OSError:  # which `read_view` reports
+        return True
 
 
 def group_files(files: Iterable[Path], by: str | None, most: float) -> dict[str, list[Path]]:

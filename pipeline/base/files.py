@@ -11,7 +11,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from pipeline.base.errors import DataError, MachineError, explain_os_error
-from pipeline.base.store import is_remote, object_to_put, open_to_read
+from pipeline.base.store import is_remote, object_to_put, open_to_read, read_bytes
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a spreadsheet's formulas begin
 MAGIC = b"ARROW1"  # how an Arrow IPC file begins and ends
@@ -151,14 +151,16 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         finally:
             remove_temporaries(folder)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove half-written files that killed processes left in a folder."""
-    for path in folder.glob(".*.tmp"):
-        if is_temporary(path):
-            path.unlink(missing_ok=True)
+    with suppress(OSError):  # `verify` lists what stays; why something else failed is more important
+        for path in folder.glob(".*.tmp"):
+            if is_temporary(path):
+                path.unlink(missing_ok=True)
 
 
 def is_open_to_all(folder: Path) -> bool:
@@ -215,7 +217,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises DataError, naming the file, for anything else."""
-    return parse_object(path, path.read_bytes())
+    return parse_object(path, read_bytes(path))
 
 
 def parse_object(path: object, text: bytes) -> dict[str, Any]:
@@ -279,4 +281,5 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # why the writing failed is more important
+            temporary.unlink(missing_ok=True)

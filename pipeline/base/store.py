@@ -108,10 +108,35 @@ def remove_folder(path: Any) -> None:
 
 
 @contextmanager
+def named_reads(path: object) -> Iterator[None]:
+    """Name the file in an OSError: the system names one that it cannot open, but none that it cannot read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def open_to_read(path: Path) -> Iterator[BufferedReader]:
-    """A file or an object. If it cannot be read, raises OSError for a file, DataError for an object."""
-    with named_failures(path, "cannot be read"), path.open("rb") as file:
+    """A file or an object. If it cannot be read, raises OSError, with its name, for a file, DataError for an object."""
+    with named_failures(path, "cannot be read"), named_reads(path), path.open("rb") as file:
         yield file
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file or an object. Raises OSError, with its name."""
+    with named_reads(path):
+        return path.read_bytes()
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file; fewer only at its end: a single read may return less than it is asked for."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more
+    return data
 
 
 def list_files(path: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.base.errors import DataError, quote
+from pipeline.base.store import named_reads, open_to_read
 
 BLOCK = 512  # bytes; tar pads every header and member to it
 END = bytes(2 * BLOCK)  # two empty blocks end a tar
@@ -39,13 +40,13 @@ def tar_member(name: str, data: bytes) -> bytes:
     return b"".join((header, data, bytes(-len(data) % BLOCK)))
 
 
-class _Headers(io.FileIO):
+class _Headers(io.BufferedReader):
     """A tar of which only headers are read; tarfile would trust any size that a header states."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= LONGEST_HEADER:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return super().read(size) or b""
+        return super().read(size)
 
 
 def read_members(path: Path, name: object = None) -> Iterator[Member]:
@@ -56,7 +57,7 @@ def read_members(path: Path, name: object = None) -> Iterator[Member]:
     """
     position, size = 0, path.stat().st_size
     try:
-        with _Headers(path) as file:
+        with named_reads(path), _Headers(path.open("rb", buffering=0), BLOCK) as file:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")  # noqa: SIM115
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
@@ -71,7 +72,7 @@ def read_members(path: Path, name: object = None) -> Iterator[Member]:
             position = tar.offset
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{name or path}: byte {position}: not a usable tar header: {error}") from None
-    with path.open("rb") as rest:
+    with open_to_read(path) as rest:
         rest.seek(position)
         if size - position < len(END) or any(map(any, iter(lambda: rest.read(2**20), b""))):
             raise DataError(f"{name or path}: byte {position}: neither a tar header nor the end of the tar")

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipeline.base.csvs import repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, is_temporary, parse_object
+from pipeline.base.store import read_at, read_bytes
 from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
 from pipeline.etl.planning import PARTIAL
@@ -97,7 +98,7 @@ def verify_shards(
     problems |= {shard.file: lines for (shard, _), lines in zip(tasks, complaints, strict=True)}
     if fetch is None:
         path = folder / CROISSANT
-        is_same = path.is_file() and path.read_bytes() == format_croissant(manifest)
+        is_same = path.is_file() and read_bytes(path) == format_croissant(manifest)
         fault = "not that of this manifest" if path.is_file() else "missing"
         problems[CROISSANT] = [] if is_same else [f"{path}: {fault}"]
     warnings = [*_find_leftovers(folder, problems.keys()), *describe_repeats(tables)]
@@ -185,7 +186,7 @@ def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], tar: 
             place = f"{image.size} bytes at {image.offset}"
             complaint = f"{image.name} is {place}, not {row['length']} at {row['offset']} as in the table"
         elif deep:
-            complaint = _check_content(checks, row, *(os.pread(tar.fileno(), p.size, p.offset) for p in (image, json)))
+            complaint = _check_content(checks, row, *(read_at(tar.fileno(), p.size, p.offset) for p in (image, json)))
         if complaint:
             yield f"sample {row['key']}: {complaint}"
 

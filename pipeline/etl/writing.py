@@ -25,6 +25,7 @@ from pipeline.base.files import (
     write_csv,
     write_table,
 )
+from pipeline.base.store import read_bytes
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import Plan, Run, read_planned
@@ -111,7 +112,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
 
 def read_record(path: Path) -> tuple[ShardRecord, pa.Table]:
     """A shard's record and rows. Raises DataError for a damaged file, and FileNotFoundError."""
-    content = path.read_bytes()
+    content = read_bytes(path)
     digest, data = content[:32], content[32:]
     if hashlib.sha256(data).digest() != digest:  # Arrow has no checksum of its own
         raise DataError(f"{path}: damaged")

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from pipeline.base.csvs import line_of
 from pipeline.base.errors import DataError, MachineError, explain_os_error
-from pipeline.base.store import is_remote, list_objects, read_objects
+from pipeline.base.store import is_remote, list_objects, read_at, read_objects
 from pipeline.identity import find_shared, identify_patients, spell_alike
 from pipeline.images import ImageError
 from pipeline.labels import hash_fraction, limit_patients, select_views, split_patients, study_names
@@ -105,7 +105,7 @@ def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
             if not any(opened.startswith(f"{str(root).rstrip('/')}/") for root in roots):
                 return ImageError(f"leads out of its folder to {opened}; allow that by --root")
             if size is not None:
-                return os.pread(descriptor, size, offset)
+                return read_at(descriptor, size, offset)
             content = b""
             while part := os.read(descriptor, max(READ, len(content))):
                 content += part

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand_columns, read_strings, repeated
 from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
-from pipeline.base.store import is_remote, list_files
+from pipeline.base.store import is_remote, list_files, open_to_read
 from pipeline.base.tar import Member, read_members
 from pipeline.identity import Note, choose_paths, ignore, join
 from pipeline.labels import LABELS
@@ -148,7 +148,7 @@ def _read_tar(tar: str, path: Path, wanted: set[str]) -> Iterator[Row]:
         if member.size > MOST.get(_kind(suffix), member.size):
             raise DataError(f"{path}: sample {match[1]}: .{suffix} has {member.size:,} bytes, too many")
         members[suffix] = member
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         for number, (key, members) in enumerate(groups.items()):
             name = f"{path}: sample {key}"
             fields = _read_fields(name, file, members, wanted) if wanted or not number else {}

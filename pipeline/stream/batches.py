@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.base.errors import DataError, printable
+from pipeline.base.store import read_at
 from pipeline.images import Gray, decode_into, raw_header
 from pipeline.manifest import checksum
 from pipeline.stream.plan import WINDOW, Rows, Step
@@ -118,7 +119,7 @@ class Reader:
         not match their checksum.
         """
         file = self._open(shard)  # kept by a name: another thread may make it leave the cache, which would close it
-        data = os.pread(file.descriptor, length, offset)
+        data = read_at(file.descriptor, length, offset)
         if checksum(data, self.split.encoding) != crc:
             raise ValueError("its bytes do not match the checksum in the index")
         return data
