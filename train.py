@@ -83,7 +83,7 @@ from model.runs.overlap import Seen, list_seen
 from model.runs.predictor import forget_calibration, score_split
 from model.runs.results import choice_score, finish_run
 from pipeline.base.errors import DataError
-from pipeline.base.files import claimed, write_atomically
+from pipeline.base.files import claimed, sync_folder, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
 from pipeline.measure.delong import measure_areas, report_auroc
@@ -356,6 +356,7 @@ def save_state(job: Job, state: TrainState) -> None:
         raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower `lr`")
     state.bad.update(job.ranks.unite(state.bad.rows))
     if job.ranks.is_first:
+        sync_folder(job.run)  # best.pt and metrics.jsonl, before a checkpoint that counts on them
         state.save(job.run / "last.pt")
 
 
@@ -384,8 +385,8 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     state.best = max(score, state.best)
     if job.ranks.is_first:
         if is_best or job.config.keep == "last":
-            save_best(job, state.seen, state.ema.state_dict(), epoch, score)
             forget_calibration(job.run)  # of the previous weights
+            save_best(job, state.seen, state.ema.state_dict(), epoch, score)
         # Rewritten from the checkpoint's history, so that repeated steps are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
         write_atomically(job.run / "metrics.jsonl", lines.encode())

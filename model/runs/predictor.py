@@ -36,7 +36,7 @@ from model.runs.job import Job, Selected, open_rows, read_batches
 from model.runs.overlap import Seen, check_seen, report_seen
 from model.runs.views import read_view
 from pipeline.base.errors import DataError
-from pipeline.base.files import hash_file, read_object, write_json
+from pipeline.base.files import hash_file, read_object, sync_folder, write_json
 from pipeline.console import Advance, progress_bar, say
 from pipeline.images import ImageOptions
 from pipeline.labels import LABELS
@@ -266,8 +266,10 @@ def open_scoring(predictor: Predictor, out: Path | None, setup: Setup) -> Job:
 
 
 def forget_calibration(run: Path) -> None:
-    """Remove the calibration of replaced weights."""
-    (run / "calibration.json").unlink(missing_ok=True)
+    """Remove the calibration of weights, before they are replaced."""
+    if (path := run / "calibration.json").exists():
+        path.unlink()
+        sync_folder(run)
 
 
 def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:

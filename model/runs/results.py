@@ -29,7 +29,8 @@ from model.runs.overlap import check_seen, list_seen, read_seen
 from model.runs.predictor import Predictor, Result, forget_calibration, of_job, score_as
 from model.runs.report import render_model_card, render_report
 from pipeline.base.errors import DataError, SettingError
-from pipeline.base.files import parse_object, write_atomically
+from pipeline.base.files import parse_object, sync_folder, write_atomically
+from pipeline.base.store import read_bytes
 from pipeline.console import say
 from pipeline.identity import ignore
 from pipeline.labels import count_rows
@@ -65,6 +66,7 @@ def finish_run(job: Job) -> dict[str, Evaluation]:
     card = render_model_card(
         job.run.name, describe_settings(job, predictor), data, [*evaluations.values()], job.manifest.dataset
     )
+    sync_folder(job.run)  # the card marks a finished run
     write_atomically(job.run / "model-card.md", card.encode())
     return evaluations
 
@@ -207,7 +209,10 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
         evaluation.head["own"] = f"{path} is missing, so there is no comparison with it; first run: {command}"
         say(evaluation.head["own"])
         return
-    add_own(evaluation, scored, read_evaluation(path))
+    own = read_evaluation(path)
+    if set(own.labels) != set(evaluation.labels):
+        raise DataError(f"{path}: for other labels than the run's; first run: {command}")
+    add_own(evaluation, scored, own)
 
 
 def write_report(
@@ -222,7 +227,7 @@ def write_report(
 def read_history(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none for an ensemble or a run that was not trained. Raises DataError."""
     path = run / "metrics.jsonl"
-    return [parse_object(path, line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    return [parse_object(path, line) for line in read_bytes(path).splitlines()] if path.exists() else []
 
 
 def describe_settings(job: Job, predictor: Predictor) -> dict[str, object]:
