@@ -9,7 +9,7 @@ $(call defaults,SIZE=128 DEV=0.2 ARCH=rescnn LR=2e-3 BATCH=32 EPOCHS=12 SWEEP=ru
 $(if $(filter stats audit train sweep evaluate,$(MAKECMDGOALS)),\
 	$(info No shards and no DATA: this is the synthetic sample with small and quick settings.))
 endif
-$(call defaults,OUT=shards ARCH=resnet50 SWEEP=runs/sweep CROSS=runs/cross SPLIT=valid ROUNDS=25)
+$(call defaults,OUT=shards ARCH=resnet50 SWEEP=runs/sweep CROSS=runs/cross SPLIT=valid MINUTES=5)
 # `cpu` installs torch's CPU build; .venv/installed keeps which one it is.
 installed := $(shell cat .venv/installed 2>/dev/null)
 TORCH  ?= $(installed)
@@ -25,7 +25,7 @@ NAMED    := -=SIZE -lr=LR -wd=WD -batch=BATCH -epochs=EPOCHS -=UNCERTAIN -blank-
 
 # A variable that nothing reads is refused: its default would stay in force without a word.
 SETTINGS := DATA OUT $(sort $(filter-out -%,$(subst =, ,$(SHARDING) $(TRAINING) $(SEARCH)))) RUN SPLIT SWEEP SHARDS CROSS \
-	IMAGES ARGS GPUS PRETRAINED ROUNDS FUZZ_SECONDS TARGETS PYTHON TORCH TORCH_INDEX
+	IMAGES ARGS GPUS PRETRAINED MINUTES FUZZ_SECONDS TARGETS PYTHON TORCH TORCH_INDEX
 unknown  := $(filter-out $(SETTINGS) SHELL MAKE% -%,$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 $(if $(unknown),$(error Unknown variable $(firstword $(unknown)); choose from $(SETTINGS)))
 # Expand a leading ~ here: within quotes no shell does, and after NAME= not every shell does.
@@ -112,8 +112,8 @@ test-cluster: .venv-s3/installed  ## work with several processes and hosts, and 
 	SWIFT_BIN=.venv-s3/bin $(PYTEST) -m cluster
 docs-check:  ## run the blocks of the pages that take longer
 	$(PYTEST) -m docs
-soak:  ## kill ETL, trainer, sweep, ranks and Dask workers at random, ROUNDS times
-	KILL_ROUNDS=$(ROUNDS) $(PARALLEL) -m soak
+soak:  ## the slow tests; MINUTES more, kill ETL, trainer, sweep, ranks, Dask by options drawn from SEED
+	SOAK_MINUTES=$(MINUTES) SOAK_SEED=$(or $(SEED),$(shell date +%s)) $(PARALLEL) -m soak
 fuzz: .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
 	PYTHONPATH=.:.venv-fuzz $(BIN)/python tests/fuzz.py
 audit-deps: .venv-audit/installed  ## look the pinned packages up in the database of vulnerabilities

@@ -7,15 +7,19 @@ import hashlib
 import importlib.util
 import io
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -41,8 +45,11 @@ os.environ["PATH"] = os.pathsep.join([str(PIPELINE.parent), os.environ["PATH"]])
 # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How often tests that kill processes are repeated, each time at other moments: make soak ROUNDS=25.
-ROUNDS = range(int(os.environ.get("KILL_ROUNDS", "1")))
+# Where tests that draw at random begin, and for how long they go on: make soak SEED=1 MINUTES=60.
+SEED, MINUTES = (float(os.environ.get(name, "0")) for name in ("SOAK_SEED", "SOAK_MINUTES"))
+
+PARTS = range(4 if MINUTES else 1)  # of each test with `rounds`, for as many processes to run
+DRAWING = 4  # tests with `rounds`
 
 POLICIES = {"uncertain": "best", "blank": "zeros"}
 CELLS = ("1.0", "0.0", "-1.0", "")
@@ -68,6 +75,38 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if faults:
         counts = ", ".join(f"{fault} × {count}" for fault, count in sorted(faults.items()))
         terminalreporter.write_line(f"survived: {counts}")
+
+
+class Round(NamedTuple):
+    """Dice, a folder for what is made, and how to report what was survived."""
+
+    dice: random.Random
+    folder: Path
+    survived: Callable[[str], None]
+
+    def draw(self, options: str) -> list[str]:
+        """Of each line, the words of one of the parts between |."""
+        return [word for line in options.splitlines() for word in self.dice.choice(line.split("|")).split()]
+
+
+@pytest.fixture(params=PARTS)
+def rounds(
+    request: pytest.FixtureRequest, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> Iterator[Round]:
+    """Rounds, as long as the test's share of the time lasts. A failed test shows the seed that begins with its last."""
+
+    def play() -> Iterator[Round]:
+        workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        end = time.monotonic() + 60 * MINUTES * workers / (DRAWING * len(PARTS))
+        for seed in count(int(SEED)):
+            print(f"SOAK_SEED={seed} {request.node.nodeid}")
+            (folder := tmp_path / str(seed)).mkdir()
+            yield Round(random.Random(f"{seed} {request.node.name}"), folder, partial(record_property, "survived"))
+            shutil.rmtree(folder)
+            if time.monotonic() > end:
+                return
+
+    return play()
 
 
 def call(command: Callable[[], object], *words: object) -> subprocess.CompletedProcess[str]:

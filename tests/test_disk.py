@@ -3,13 +3,16 @@
 import errno
 import io
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from itertools import count
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
+import click
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -17,10 +20,17 @@ import torch
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.runs.sweep import Figures, Point, Sweep, list_trials, open_sweep, run_sweep
 from pipeline import DataError
+from pipeline.base.files import write_table
 from pipeline.etl import shards as sharding
+from pipeline.etl.shards import Execution, write_shards
 from pipeline.etl.verify import verify_shards
-from tests.conftest import default_options, hashes, make_shards, write_chexpert
+from pipeline.manifest import Manifest
+from pipeline.measure.scores import open_scores
+from pipeline.sources.sets import find_source
+from tests.conftest import POLICIES, SEED, default_options, hashes, make_shards, write_chexpert
+from tests.dicoms import make_dicom
 from tests.pipeline.etl.test_model import read_train
+from tests.training import WORDS, assert_same_run, call_train, narrow_networks
 
 # What the message says of each.
 ERRORS = {errno.ENOSPC: "No space left on device; make room, and run it again", errno.EIO: "Input/output error"}
@@ -30,25 +40,25 @@ OPTIONS = default_options(samples_per_shard=5)
 STATE = {"step": 2, "weights": torch.zeros(100_000)}
 
 
-failed: list[str] = []  # the file of the last call that failed, and its folder
+failed: list[Path] = []  # the files of the calls that failed
 
 
-def watch(patch: pytest.MonkeyPatch, folder: Path, see: Callable[[str, str], None]) -> None:
-    """Before each call on a file below the folder, `see` gets what is asked for, and the path; it may raise."""
+def watch(patch: pytest.MonkeyPatch, folder: Path, see: Callable[[str, str], int | None]) -> None:
+    """Before each call on a file below the folder, `see` gets what is asked for, and the path.
 
-    def look(kind: str, place: Any) -> None:
+    It may raise, or return the most bytes that are read or written.
+    """
+
+    def look(kind: str, place: Any) -> int | None:
         name = str(Path(f"/proc/self/fd/{place}").readlink()) if isinstance(place, int) else os.fsdecode(place)
-        if name.startswith(f"{folder}/"):
-            see(kind, name)
+        return see(kind, name) if name.startswith(f"{folder}/") else None
 
     class File(io.FileIO):
         def write(self, data: Any) -> int:
-            look("write", self.name)
-            return super().write(data)
+            return super().write(memoryview(data)[: look("write", self.name)])
 
         def readinto(self, buffer: Any) -> int:
-            look("read", self.name)
-            return super().readinto(buffer) or 0
+            return super().readinto(memoryview(buffer)[: look("read", self.name)]) or 0
 
         def readall(self) -> bytes:
             look("read", self.name)
@@ -59,12 +69,16 @@ def watch(patch: pytest.MonkeyPatch, folder: Path, see: Callable[[str, str], Non
             return opened(place, mode, *arguments, **options)
         look("create" if mode == "wb" else "open", place)
         file = File(os.fsdecode(place), mode[0])
+        if options.get("buffering") == 0:
+            return file
         buffered = io.BufferedWriter(file) if mode == "wb" else io.BufferedReader(file)
         return buffered if "b" in mode else io.TextIOWrapper(buffered, encoding="utf-8")
 
     def watched(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(place: Any = ".", *arguments: Any, **options: Any) -> Any:
-            look(kind, place)
+            most = look(kind, place)
+            if kind == "read" and most is not None:
+                arguments = (min(most, arguments[0]), *arguments[1:])
             return function(place, *arguments, **options)
 
         return call
@@ -80,13 +94,21 @@ def watch(patch: pytest.MonkeyPatch, folder: Path, see: Callable[[str, str], Non
 def fail(
     folder: Path, kinds: Sequence[str], number: int, work: Callable[[], Any], error: int = 0, times: int = 1
 ) -> int:
-    """Do the work; its calls of these kinds from that number on fail so many times. Returns how many it made."""
-    calls = count()
+    """Do the work; its calls of these kinds from that number on fail so many times. Returns how many it made.
+
+    If they fail more than once, no file can be removed after the first.
+    """
+    calls, begun = count(), False
+    failed.clear()
 
     def see(kind: str, name: str) -> None:
-        if kind in kinds and number <= next(calls) < number + times:
-            failed[:] = [name, str(Path(name).parent)]
-            raise OSError(error, os.strerror(error), name)
+        nonlocal begun
+        now = kind in kinds and number <= next(calls) < number + times
+        begun |= now
+        if now or (begun and times > 1 and kind == "unlink"):
+            failed.append(Path(name))
+            # As Python does: only a call that gets a name has it in its error.
+            raise OSError(error, os.strerror(error), *([] if kind in ("read", "write", "fsync") else [name]))
 
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, folder, see)
@@ -114,11 +136,12 @@ def test_sharding_survives_each_failed_write(
     for number in range(0, calls, every):
         for error, said in ERRORS.items():
             out = tmp_path / f"{number}-{error}"
+            times = 10**9 if error == errno.EIO else 1  # room may be made, a broken disk stays so
             with pytest.raises(DataError, match=rf"^{out}(/.*)?: cannot be written: {said}$"):
-                fail(tmp_path, WRITES, number, lambda out=out: make_shards(source, out, OPTIONS), error)  # type: ignore[misc]
+                fail(tmp_path, WRITES, number, lambda out=out: make_shards(source, out, OPTIONS), error, times)  # type: ignore[misc]
             # If the manifest is in place, the failed call syncs or tidies after it.
             assert not (out / "manifest.json").exists() or hashes(out).items() >= expected.items()
-            assert not list(out.rglob("*.tmp"))
+            assert times > 1 or not list(out.rglob("*.tmp"))
             make_shards(source, out, OPTIONS)
             assert hashes(out) == expected
             record_property("survived", f"{errno.errorcode[error]} of pipeline shards")
@@ -134,41 +157,79 @@ def test_a_checkpoint_survives_each_failed_write(
     for number in range(calls):
         for error, said in ERRORS.items():
             with pytest.raises(DataError, match=rf"^{path}: cannot be written: {said}$"):
-                fail(tmp_path, WRITES, number, lambda: save_checkpoint(path, STATE), error)
+                fail(tmp_path, WRITES, number, lambda: save_checkpoint(path, STATE), error, 10**9)
             assert load_checkpoint(path) == {"step": 1}
-            assert [file.name for file in tmp_path.glob(".*")] == []
             record_property("survived", f"{errno.errorcode[error]} of a checkpoint")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("times", [1, 10**9])
-@pytest.mark.parametrize("error", [errno.EIO, errno.ENOENT])
-@pytest.mark.parametrize("command", ["shards", "again", "verify", "stream", "checkpoint"])
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        *product(["shards", "again", "foreign", "verify", "stream", "checkpoint", "scores"], [errno.EIO, errno.ENOENT]),
+        *product(["predict", "finished"], [errno.EIO]),  # what is not there is not scored, or made anew
+    ],
+)
 def test_each_failed_read_is_named_and_writes_nothing_wrong(
-    source: Path, tmp_path: Path, command: str, error: int, times: int, record_property: Callable[[str, object], None]
+    source: Path,
+    sample_shards: tuple[Path, Manifest],
+    tmp_path: Path,
+    command: str,
+    error: int,
+    times: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    out, path = tmp_path / "out", tmp_path / "last.pt"
+    out, path, run, tars = (tmp_path / name for name in ("out", "last.pt", "run", "tars"))
+    scores = tmp_path.with_suffix(".csv")  # not watched
     make_shards(source, out, OPTIONS)
     expected = hashes(out)
     save_checkpoint(path, {"step": 1})
+    tars.mkdir()
+    shutil.copy(out / "train-000000.tar", tars)
+    foreign = find_source(tars, {}, [], "webdataset", (("patient", "patient"), ("Edema", "labels.Edema")))
+    training = ("train", "--shards", sample_shards[0], "--run", run, *WORDS)
+    if command in ("predict", "finished"):
+        call_train(*training)
+        (source / "scan").write_bytes(make_dicom(np.zeros((64, 64), np.uint16)))
+
+    def call(*words: object) -> list[str]:
+        with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
+            call_train(*words)
+        return [said.getvalue(), *(file.read_text() for file in [scores] if file.exists())]
+
+    def read_all_scores() -> list[Any]:
+        return [open_scores(file).values.tolist() for file in (tmp_path / "a.csv", tmp_path / "a.arrow")]
+
+    (tmp_path / "a.csv").write_text("key,Edema\na,0.5\nb,0.25\n")
+    write_table(tmp_path / "a.arrow", pa.table({"key": ["a", "b"], "Edema": [0.5, 0.25]}))
     works: dict[str, Callable[[], Any]] = {
         "shards": lambda: make_shards(source, tmp_path / "new", OPTIONS) and None,
         "again": lambda: make_shards(source, out, OPTIONS) and None,
         "verify": lambda: dict(verify_shards(out, deep=True, workers=1).problems),
         "stream": lambda: [array.tobytes() for array in read_train(out, 0)],
         "checkpoint": lambda: load_checkpoint(path),
+        "foreign": lambda: write_shards(foreign, tmp_path / "new", OPTIONS, POLICIES, Execution(1, 0.0)) and None,
+        "scores": read_all_scores,
+        "predict": lambda: call("predict", "--run", run, "--out", scores, source, "--workers", 1),
+        "finished": lambda: call(*training),
     }
     work, results = works[command], list[Any]()
-    result = work()
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, tmp_path, lambda *_: 100)
+        result = work()
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    assert work() == result  # short reads and writes change nothing
     shutil.rmtree(tmp_path / "new", ignore_errors=True)
     for number in range(fail(tmp_path, READS, 10**9, work)):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         results.clear()
         try:
             fail(tmp_path, READS, number, lambda: results.append(work()), error, times)
-        except (DataError, OSError) as failure:  # commands print the file and reason of both
+        except (DataError, OSError, click.ClickException) as failure:  # commands print the file and reason of both
             results.append(str(failure))
-        assert results[0] == result or any(name in str(results[0]) for name in failed), (failed, results[0])
+        named = any(path.name in str(results[0]) or f"{path.parent}:" in str(results[0]) for path in failed)
+        assert named or results[0] == result, (failed, results[0])
         assert {name: digest for name, digest in hashes(out).items() if name in expected} == expected
         assert work() == result
         record_property("survived", f"{errno.errorcode[error]} of reading ({command})")
@@ -178,11 +239,11 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def lose_power(folder: Path, work: Callable[[], Any]) -> Iterator[int]:
+def lose_power(folder: Path, work: Callable[[], Any], most: int = 10**9) -> Iterator[int]:
     """Do the work; then, again and again, make of the folder what it may hold if the power fails meanwhile.
 
     That is what it held before one of the calls on it, where a file that was not synced is whole, empty or cut, and
-    each name that was given or taken since its folder was synced may be as it was then.
+    each name that was given or taken since its folder was synced may be as it was then; `most` of these at random.
     """
     firm, synced = read_files(folder), set[bytes]()
     states: dict[tuple[tuple[str, bytes], ...], None] = {}
@@ -212,7 +273,7 @@ def lose_power(folder: Path, work: Callable[[], Any]) -> Iterator[int]:
         watch(patch, folder.parent, lambda kind, name: see(kind, name) if name.startswith(str(folder)) else None)
         work()
         see("unlink", "")
-    for number, state in enumerate(states):
+    for number, state in enumerate(random.Random(SEED).sample([*states], min(most, len(states)))):
         shutil.rmtree(folder)
         for name, data in state:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +312,22 @@ def test_a_checkpoint_survives_a_loss_of_power(tmp_path: Path, record_property: 
         steps.append(load_checkpoint(path)["step"])
         record_property("survived", "loss of power in a checkpoint")
     assert set(steps) == {1, 2}
+
+
+@pytest.mark.soak
+def test_a_run_survives_a_loss_of_power(
+    sample_shards: tuple[Path, Manifest], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "home" / "run"
+    words = ("train", "--shards", sample_shards[0], *WORDS, "--epochs", 2, "--eval-every", 4, "--ema", 0.5, "--run")
+    run.mkdir(parents=True)
+    with narrow_networks():
+        call_train(*words, whole)
+        for number in lose_power(run, lambda: call_train(*words, run), most=40):
+            print(number, sorted(path.name for path in run.iterdir()))
+            call_train(*words, run)
+            assert_same_run(run, whole)
+            record_property("survived", "loss of power in train.py")
 
 
 def train_point(point: Point, run: Path) -> Figures:

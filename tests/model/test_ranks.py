@@ -1,32 +1,61 @@
 """Training by torchrun: real processes, with gloo between them (make test-cluster)."""
 
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 
 import train
-from pipeline.manifest import Manifest, read_table
-from pipeline.measure.scores import read_scores
+from pipeline.etl.shards import Execution, write_shards
+from pipeline.manifest import Manifest
+from pipeline.measure.scores import open_scores
+from pipeline.sources.sets import find_source
 from pipeline.stream.plan import plan_training
 from pipeline.stream.samples import find_images, open_split
-from tests.conftest import ROUNDS, default_options, flip, make_shards, write_chexpert
+from tests.conftest import POLICIES, Round, default_options, flip, make_shards, write_chexpert
 from tests.swift import free_ports
 from tests.training import WORDS, assert_same_run, call_train
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(train.__file__).parent
 OPTIONS = ["--arch", "rescnn", "--image-size", "32", "--workers", "1"]
+# For `draw`; shards come first.
+DRAWN = """\
+--shards {sample}/shards|--shards {sample}/studies|--shards {sample}/shards --shards {other}/shards --mix 1,3
+--arch rescnn|--arch resnet18|--arch rescnn --init {other}/first --freeze
+--loss bce|--loss bce|--loss aucm
+--uncertain ignore|--uncertain best|--uncertain multiclass
+--blank ignore|--blank zeros
+--accumulate 1|--accumulate 2
+|--fusion mean|--fusion max|--fusion attention
+|--views all|--views frontal
+--augment none|--augment affine|--augment crop|--augment robust
+||--balance Edema
+||--pos-weight
+||--layer-decay 0.8
+|--ema 0.5|--ema 0.99
+--keep best|--keep last
+||--patience 2
+|--eval-every 3|--eval-every 5
+|--limit 60
+--batch-size 12|--batch-size 24
+--epochs 2|--epochs 4
+--image-size 32|--image-size 48x40
+--seed 0|--seed 1|--seed 2
+--workers 1|--workers 2
+--lr 1e-3"""
 
 
 def start(ranks: int, script: str, *arguments: object) -> "subprocess.Popen[str]":
@@ -40,7 +69,7 @@ def start(ranks: int, script: str, *arguments: object) -> "subprocess.Popen[str]
     return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: "subprocess.Popen[str]", seconds: float = 120) -> tuple[int, str]:
+def finish(process: "subprocess.Popen[str]", seconds: float = 600) -> tuple[int, str]:
     """The exit code, and what was said."""
     _, said = process.communicate(timeout=seconds)
     return process.returncode, said
@@ -60,7 +89,8 @@ def other_hospital(tmp_path: Path) -> list[object]:
     """The options of a mix with shards of other patients under the same numbers."""
     write_chexpert(tmp_path / "films", "train", range(1, 31))
     write_chexpert(tmp_path / "films", "valid", range(40, 45))
-    make_shards(tmp_path / "films", tmp_path / "other", default_options(size=64), called="childrens")
+    source = find_source(tmp_path / "films", {}, [], called="childrens")
+    write_shards(source, tmp_path / "other", default_options(size=64), POLICIES, Execution(1, 0.0))
     return ["--shards", tmp_path / "other", "--mix", "1,3"]
 
 
@@ -112,51 +142,82 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
         assert np.quantile(np.abs(of_rank["weights"] - alone["weights"]), 0.99) < 1e-4
 
 
+@pytest.fixture
+def other(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Path:
+    """Shards of other patients, and a run to start from."""
+    write_chexpert(tmp_path / "images", "train", range(1, 31))
+    make_shards(tmp_path / "images", tmp_path / "shards", default_options(size=64), called="childrens")
+    code, said = finish(start(0, "train.py", "--shards", sample_shards[0], "--run", tmp_path / "first", *WORDS))
+    assert code == 0, said
+    return tmp_path
+
+
+def disturb(process: "subprocess.Popen[str]", run: Path, evaluations: int, ranks: int, round_: Round) -> int:
+    """Kill or stop a training, or one of its ranks, soon after so many evaluations. Returns the exit code."""
+    choice = round_.dice.choice
+    number = choice([signal.SIGKILL, signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM, *[signal.SIGINT][ranks:]])
+
+    def count_lines(name: str) -> int:
+        return (run / name).read_text().count("\n") if (run / name).exists() else 0
+
+    starts = count_lines("environment.jsonl")
+    while process.poll() is None and (
+        count_lines("environment.jsonl") == starts or count_lines("metrics.jsonl") < evaluations
+    ):
+        time.sleep(0.01)
+    time.sleep(round_.dice.random() / 5)
+    if process.poll() is None:
+        of_rank = ranks and number == signal.SIGKILL
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(choice(children[-ranks:])) if of_rank else process.pid, number)
+    began = time.monotonic()
+    code, said = finish(process)
+    if code == 0:
+        return 0
+    if number == signal.SIGKILL:
+        assert code == (1 if ranks else -number), said
+        assert not ranks or re.search(r"Error: rank \d: another rank is lost: ", said), said
+        assert time.monotonic() - began < 200  # seconds; to wait for a lost one would take five minutes
+    else:
+        assert ranks or code == (130 if number == signal.SIGINT else 143), said
+        assert f"{run}: stopped and saved; the same command continues\n" in said, said
+    round_.survived(f"{number.name} of {'a rank' if ranks else 'train.py'}")
+    return code
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("round_", ROUNDS)
-def test_a_lost_rank_ends_all_and_the_same_command_continues_exactly(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
-) -> None:
-    def begin(run: str) -> "subprocess.Popen[str]":
-        options = f"--shards {sample_shards[0]} --batch-size 8 --epochs 4 --accumulate 2".split()
-        return start(2, "train.py", *OPTIONS, *options, "--run", tmp_path / run)
-
-    whole = begin("whole")
-    code, said = finish(whole)
-    assert code == 0, said
-    assert said.count("Epoch 1: dev AUROC ") == 1  # of the first rank alone
-
-    parts = begin("parts")
-    while not (tmp_path / "parts" / "last.pt").exists():
-        time.sleep(0.05)
-    children = subprocess.run(["pgrep", "-P", str(parts.pid)], capture_output=True, text=True, check=True)
-    time.sleep(random.Random(round_).random())
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    record_property("survived", "SIGKILL of a rank")
-    killed = time.monotonic()
-    code, said = finish(parts)
-    assert code == 1
-    assert "Error: rank 0: another rank is lost: " in said
-    assert time.monotonic() - killed < 60
-    parts = begin("parts")
-    epochs = (tmp_path / "parts" / "metrics.jsonl").read_text().count("\n")
-    while (tmp_path / "parts" / "metrics.jsonl").read_text().count("\n") == epochs:
-        time.sleep(0.05)
-    parts.send_signal(signal.SIGUSR1)
-    code, said = finish(parts)
-    assert code != 0
-    assert "stopped and saved; the same command continues" in said
-    code, said = finish(begin("parts"))
-    assert code == 0, said
-    assert re.search("continuing after step", said)
-
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    # What the ranks scored together is what one process finds.
-    keys = read_table(sample_shards[0], sample_shards[1].split("valid"))["key"]
-    scores = read_scores(tmp_path / "whole" / "scores-valid.arrow", keys)
-    code, said = finish(start(0, "train.py", "evaluate", "--shards", sample_shards[0], "--run", tmp_path / "whole"))
-    assert code == 0, said
-    np.testing.assert_allclose(scores, read_scores(tmp_path / "whole" / "scores-valid.arrow", keys), atol=1e-6)
+def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, rounds: Iterator[Round]) -> None:
+    for round_ in rounds:
+        dice, run, whole, ranks = round_.dice, round_.folder / "run", round_.folder / "whole", 0
+        while True:
+            options = round_.draw(DRAWN.format(sample=sample, other=other))
+            with suppress(click.UsageError):  # what does not go together
+                call_train("train", *options, "--run", run, "--check")
+                break
+        print(ranks := dice.choice([0, 0, 2, 3]), "ranks:", *options)
+        begin = partial(start, ranks, "train.py", *options, "--run")
+        code, said = finish(begin(whole))
+        assert code == 0, said
+        assert said.count("Epoch 1: dev AUROC ") == 1  # of the first rank alone
+        evaluations = (whole / "metrics.jsonl").read_text().count("\n")
+        for _ in range(dice.randint(1, 3)):
+            if disturb(begin(run), run, dice.randrange(evaluations), ranks, round_) == 0:
+                break
+        code, said = finish(begin(run))
+        assert code == 0, said
+        assert_same_run(run, whole)
+        # A finished run is recognized without what takes long to import.
+        program = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'scipy', 'matplotlib')); "
+        program += "runpy.run_path('train.py', run_name='__main__')"
+        words = list(map(str, [sys.executable, "-c", program, *options, "--run", run]))
+        again = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert f"{run}: finished, after step " in again.stderr
+        # What the ranks scored together is what one process finds.
+        scores = open_scores(run / "scores-valid.arrow").values
+        evaluate = start(0, "train.py", "evaluate", *options[: options.index("--arch")], "--run", run)
+        code, said = finish(evaluate)
+        assert code == 0, said
+        np.testing.assert_allclose(scores, open_scores(run / "scores-valid.arrow").values, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["policy", "dev", "--epochs", "--lr", "--seed"])

@@ -4,12 +4,11 @@ import csv
 import dataclasses
 import itertools
 import json
-import random
 import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
@@ -27,10 +26,11 @@ from model.runs.sweep_report import compare_settings
 from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
-from tests.conftest import ROUNDS
+from tests.conftest import Round
 from tests.training import call_train, stop_after
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
+MANY = [round(1e-3 * step, 6) for step in range(1, 13)]
 
 
 def make_sweep(folder: Path, **changes: Any) -> Sweep:
@@ -203,40 +203,37 @@ def join(worker: ForkProcess) -> int | None:
 
 
 @pytest.mark.soak
-def test_processes_that_begin_at_once_train_no_point_twice(tmp_path: Path) -> None:
-    values = tuple(round(1e-3 * step, 6) for step in range(1, 13))
-    sweep = make_sweep(tmp_path / "sweep", values={"lr": values, "weight_decay": WD})
-    workers = [start_worker(sweep, 0) for _ in range(3)]
-    assert [join(worker) for worker in workers] == [0, 0, 0]
-    logs = [path.read_text() for path in (tmp_path / "sweep" / "trials").glob("*/log")]
-    assert logs == ["trained\n"] * len(values) * len(WD)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("round_", ROUNDS)
-def test_two_processes_killed_and_restarted_finish_every_point_once(
-    tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
-) -> None:
-    plain = make_sweep(tmp_path / "plain")
-    run(plain)
-    sweep = make_sweep(tmp_path / "sweep")
-    delays = random.Random(round_)
-    for _ in range(3):
-        workers = [start_worker(sweep, 0.15) for _ in range(2)]
-        while not (sweep.folder / "trials").exists() and any(worker.is_alive() for worker in workers):
-            time.sleep(0.01)
-        time.sleep(delays.uniform(0, 0.4))
-        for worker in workers:
-            worker.kill()
-            if join(worker) == -signal.SIGKILL:
-                record_property("survived", "SIGKILL of a sweep's process")
-    workers = [start_worker(sweep, 0.15) for _ in range(2)]
-    assert [join(worker) for worker in workers] == [0, 0]
-    ours, undisturbed = (
-        sorted((tuple(trial.parameters.items()), trial.state, trial.figures) for trial in list_trials(s))
-        for s in (sweep, plain)
-    )
-    assert ours == undisturbed
+def test_processes_killed_and_restarted_train_every_point_once(rounds: Iterator[Round]) -> None:
+    for round_ in rounds:
+        dice, folder = round_.dice, round_.folder / "sweep"
+        trials = dice.choice([0, 0, dice.randint(2, 9)])
+        values: dict[str, tuple[object, ...]] = {"lr": tuple(dice.sample(MANY, dice.randint(2, 6)))}
+        values |= {"weight_decay": WD[: dice.randint(1, 2)], "arch": ("rescnn", "resnet18")[: dice.randint(1, 2)]}
+        sweep = make_sweep(folder, values=values, sampler="tpe" if trials else "grid", trials=trials)
+        seconds, kills = dice.choice([0, 0.02, 0.15]), 0
+        print(f"{values}, {trials} trials of {seconds} s")
+        for _ in range(dice.randint(0, 4)):
+            workers = [start_worker(sweep, seconds) for _ in range(dice.randint(1, 3))]
+            while not (folder / "trials").exists() and any(worker.is_alive() for worker in workers):
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.4))
+            for worker in dice.sample(workers, dice.randint(0, len(workers))):
+                worker.kill()
+            codes = [join(worker) for worker in workers]
+            assert set(codes) <= {0, -signal.SIGKILL}
+            kills += codes.count(-signal.SIGKILL)
+        workers = [start_worker(sweep, seconds) for _ in range(3)]
+        assert [join(worker) for worker in workers] == [0, 0, 0]
+        points = {tuple(trial.point.values()): trial for trial in list_trials(sweep)}
+        assert len(points) == len(list_trials(sweep)) == (trials or len(sweep.grid))
+        assert all(trials or trial.point in sweep.grid for trial in points.values())
+        for trial in points.values():
+            assert (trial.state, trial.dev) == ("complete", score(trial.point))
+        trained = [len((trial.run / "log").read_text().splitlines()) for trial in points.values()]
+        assert min(trained) == 1
+        assert sum(trained) <= len(trained) + kills  # what a killed process had trained and not recorded
+        for _ in range(kills):
+            round_.survived("SIGKILL of a sweep's process")
 
 
 def test_trials_are_the_runs_that_train_makes(

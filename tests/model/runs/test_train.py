@@ -6,13 +6,10 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -54,17 +51,8 @@ from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream.dataset import read_shards
-from tests.conftest import REPOSITORY, ROUNDS, flip, start
+from tests.conftest import flip
 from tests.training import Late, assert_same_run, stop_after, train_until
-
-
-def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def count_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_a_dev_too_small_to_choose_by_is_said(
@@ -963,53 +951,3 @@ def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..
     assert kept["dev_auroc"] == pytest.approx(scores[-1])
     assert all(torch.equal(kept["weights"][name], value) for name, value in ema.items())
     assert "The checkpoint is the one of the last evaluation." in (job.run / "model-card.md").read_text()
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("round_", ROUNDS)
-def test_command_line_killed_twice_warned_by_slurm_and_continued_equals_undisturbed(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path, round_: int, record_property: Callable[[str, object], None]
-) -> None:
-    shards, _ = sample_shards
-    dice = random.Random(round_)
-    options = ["--shards", shards, "--arch", "rescnn", "--batch-size", 4, "--epochs", 3, "--image-size", 64]
-    options += ["--lr", "1e-3", "--workers", 2, "--eval-every", 10]
-    run = tmp_path / "run"
-    command = [sys.executable, str(REPOSITORY / "train.py"), *map(str, options), "--run", str(run)]
-    epoch = 3  # evaluations
-    # Killed at a random moment, then as soon as the first epoch ends, then warned at a random moment.
-    for evaluations, delay, number in (
-        (1, dice.random() / 5, signal.SIGKILL),
-        (epoch, 0.0, signal.SIGKILL),
-        (epoch + 1, dice.random() / 5, signal.SIGUSR1),
-    ):
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and count_lines(run / "metrics.jsonl") < evaluations:
-                time.sleep(0.01)
-            time.sleep(delay)
-            process.send_signal(number)
-            _, errors = process.communicate(timeout=60)
-        assert process.returncode == (-9 if number == signal.SIGKILL else 143), errors
-        record_property("survived", f"{signal.Signals(number).name} of train.py")
-    assert errors.endswith(f"{run}: stopped and saved; the same command continues\n")
-    continued = run_train(*options, "--run", run)
-    assert continued.returncode == 0, continued.stderr
-    assert f"{run}: continuing after step " in continued.stderr
-    # A finished run is recognized without what takes long to import.
-    program = "import runpy, sys; sys.modules |= dict.fromkeys(('torch', 'scipy', 'matplotlib')); "
-    program += "runpy.run_path('train.py', run_name='__main__')"
-    again = start(sys.executable, "-c", program, *command[2:])
-    assert again.returncode == 0, again.stderr
-    further = f"to train further, raise --epochs, or start another --run with --init {run}"
-    assert f"{run}: finished, after step 78; {further}\n" in again.stderr
-    assert run_train(*options, "--run", tmp_path / "whole").returncode == 0
-    assert_same_run(run, tmp_path / "whole")
-    assert count_lines(run / "environment.jsonl") == 4
-
-    assert "Cardiomegaly" in (run / "report.html").read_text()
-    before = (run / "evaluation-valid.json").read_text()
-    (run / "evaluation-valid.json").unlink()
-    scored = run_train("evaluate", "--shards", shards, "--run", run, "--split", "valid")
-    assert scored.returncode == 0, scored.stderr
-    assert "Cardiomegaly" in scored.stdout
-    assert (run / "evaluation-valid.json").read_text() == before

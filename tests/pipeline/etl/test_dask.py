@@ -1,7 +1,6 @@
 """Sharding on a Dask cluster: a scheduler and workers in real processes on loopback (make test-cluster)."""
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -17,10 +16,11 @@ from distributed import Client
 
 from pipeline import DataError
 from pipeline.etl.cluster import run_on_cluster
-from tests.conftest import PIPELINE, REPOSITORY, ROUNDS, hashes, run_pipeline, write_chexpert
+from tests.conftest import PIPELINE, REPOSITORY, Round, hashes, run_pipeline, write_chexpert
 from tests.swift import free_ports
 
 OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-bad", "0.01"]
+DRAWN = "--size 32|--size 64\n--encoding jpeg|--encoding png\n--samples-per-shard 10|--samples-per-shard 20"
 
 pytestmark = pytest.mark.cluster
 
@@ -88,38 +88,34 @@ def shard_on(scheduler: str, source: Path, out: Path, *options: str, finished: i
     return run
 
 
-def assert_written_alike(source: Path, folder: Path) -> None:
+def assert_written_alike(source: Path, folder: Path, *options: str) -> None:
     """As on this machine alone."""
-    assert run_pipeline("shards", source, folder.parent / "local", *OPTIONS).returncode == 0
+    assert run_pipeline("shards", source, folder.parent / "local", *OPTIONS, *options).returncode == 0
     assert hashes(folder) == hashes(folder.parent / "local")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("round_", ROUNDS)
-def test_a_lost_worker_changes_no_byte(
-    start: Start, scheduler: str, source: Path, tmp_path: Path, round_: int, record_property: Callable[..., None]
+def test_a_stopped_run_and_a_lost_worker_change_no_byte(
+    start: Start, scheduler: str, source: Path, rounds: Iterator[Round]
 ) -> None:
-    workers = [start("worker", scheduler) for _ in range(3)]
-    run = shard_on(scheduler, source, tmp_path / "cluster", "--strict")
-    time.sleep(random.Random(round_).random() / 10)
-    workers[0].send_signal(signal.SIGKILL)
-    record_property("survived", "SIGKILL of a Dask worker")
-    assert not (tmp_path / "cluster" / "manifest.json").exists()  # in the middle of the run
-    _, said = run.communicate(timeout=120)
-    assert run.returncode == 3, said  # --strict, and one reject
-    assert "1,200 of 1,200 images" in said
-    assert_written_alike(source, tmp_path / "cluster")
-
-
-def test_a_stopped_run_continues_on_a_cluster(start: Start, scheduler: str, source: Path, tmp_path: Path) -> None:
-    start("worker", scheduler)
-    run = shard_on(scheduler, source, tmp_path / "out", finished=3)
-    run.send_signal(signal.SIGTERM)
-    run.communicate(timeout=30)
-    assert run.returncode == 143
-    out, errors = shard_on(scheduler, source, tmp_path / "out").communicate()
-    assert " images were there already" in out, errors
-    assert_written_alike(source, tmp_path / "out")
+    for round_ in rounds:
+        dice, out, options = round_.dice, round_.folder / "cluster", round_.draw(DRAWN)
+        print(*options)
+        workers = [start("worker", scheduler) for _ in range(dice.randint(2, 4))]
+        for victim, number, code in ((None, signal.SIGTERM, 143), (dice.choice(workers), signal.SIGKILL, 3)):
+            some = len(list(out.glob("*.tar"))) + dice.randint(1, 5)
+            run = shard_on(scheduler, source, out, *options, "--strict", finished=some)
+            (victim or run).send_signal(number)
+            round_.survived(f"{number.name} of {'a Dask worker' if victim else 'pipeline shards on Dask'}")
+            assert not (out / "manifest.json").exists()  # in the middle of the run
+            output, said = run.communicate(timeout=120)
+            assert run.returncode == code, said  # 3: --strict, and one reject
+        assert " images were there already" in output
+        assert "1,200 of 1,200 images" in said
+        assert_written_alike(source, out, *options)
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def test_a_lost_scheduler_is_named(start: Start, cluster: Any, source: Path, tmp_path: Path) -> None:

@@ -1,81 +1,124 @@
 """Sharding that is killed at random moments, or stopped, and is started again."""
 
 import os
-import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks.scale import descendants
-from tests.conftest import PIPELINE, ROUNDS, hashes, run_pipeline
+from pipeline import open_shards
+from tests.conftest import PIPELINE, Round, hashes, run_pipeline
+from tests.layouts import SETS
+from tests.pipeline.stream.test_batches import assert_equal, join
 
 OPTIONS = ["--size", "64", "--samples-per-shard", "8", "--workers", "2", "--views", "all"]
+# For `draw`.
+DRAWN = """\
+--size 32|--size 64|--size 64 --square pad|--size 48 --square crop|--size 100 --square stretch|--size original
+--encoding jpeg|--encoding png|--encoding raw
+|--quality 60
+--views all|--views frontal
+--dev 0|--dev 0.3
+--seed 0|--seed 1
+||--limit 9
+--samples-per-shard 1|--samples-per-shard 3|--samples-per-shard 10|--samples-per-shard 1000"""
+FIELDS = "patient=patient,study=study,view=view,Edema=labels.Edema"  # in the JSON of our own tars
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], float]:
-    """A source, the hashes of its shards written undisturbed, and the seconds that took."""
-    folder = tmp_path_factory.mktemp("kill")
-    assert run_pipeline("sample", folder, "--images", 240).returncode == 0
-    start = time.monotonic()
-    assert run_pipeline("shards", folder, folder / "shards", *OPTIONS).returncode == 0
-    return folder, hashes(folder / "shards"), time.monotonic() - start
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Folders, with what tells the command how to read them: a sample, its shards as foreign tars, and six sets."""
+    home = tmp_path_factory.mktemp("sources")
+    assert run_pipeline("sample", home / "sample", "--images", 120).returncode == 0
+    assert run_pipeline("shards", home / "sample", home / "shards", *OPTIONS).returncode == 0
+    (home / "tars").mkdir()
+    for tar in (home / "shards").glob("*.tar"):
+        tar.rename(home / "tars" / tar.name)
+    for name, write in SETS.items():
+        write(home / name)
+    foreign = [str(home / "tars"), "--set", "webdataset", "--columns", FIELDS]
+    return [[str(home / "sample")], foreign, *([str(home / name)] for name in SETS)]
+
+
+def disturb(command: list[str], out: Path, shards: int, round_: Round) -> None:
+    """Run the command, which writes so many shards, and kill or stop it or a worker after one of them."""
+    dice, before = round_.dice, len(list(out.glob("*.tar")))
+    enough = dice.randint(min(before + 1, shards), shards)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and len(list(out.glob("*.tar"))) < enough:
+            time.sleep(0.002)
+        time.sleep(dice.choice([0, 0.1]) * dice.random())
+        number, workers = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), []
+        is_begun = (out / ".partial").exists()
+        if number == signal.SIGKILL and dice.random() < 0.5:
+            workers = descendants(process.pid)
+        victim = dice.choice(workers or [process.pid])
+        try:
+            os.kill(victim, number)
+            round_.survived(f"{number.name} of {'its worker' if workers else 'pipeline shards'}")
+        except ProcessLookupError:
+            pass
+        _, errors = process.communicate(timeout=60)  # returns once the workers have closed stderr too
+    if is_begun and number != signal.SIGKILL:
+        assert process.returncode in (0, 128 + number), errors
+        assert "Traceback" not in errors
+    if not (out / "manifest.json").exists():
+        assert run_pipeline("stats", out).returncode != 0, "unfinished shards must not be readable"
+
+
+def check_stream(folder: Path, round_: Round) -> None:
+    """Any threads and ranks, from any step, give the batches of one thread."""
+    dice, ranks = round_.dice, round_.dice.randint(1, 3)
+    name, split = dice.choice([*open_shards(folder).items()])
+    size, threads, step = dice.randint(1, 5), dice.randint(1, 4), dice.randrange(5)
+    order: dict[str, Any] = {"epoch": dice.randrange(3), "seed": dice.randrange(9)}
+    print(f"{name}: {size} samples for each of {ranks} ranks, {threads} threads, from step {step}, {order}")
+    if len(split.rows) < ranks * size:
+        return
+    whole = list(split.batches(ranks * size, 32, threads=1, **order))
+    how = [{"rank": rank, "ranks": ranks, "threads": threads} | order for rank in range(ranks)]
+    parts = [split.batches(ranks * size, 32, **one) for one in how]
+    for part in parts:
+        part.load_state_dict({"step": min(step, len(whole))})
+    assert_equal([join(slices) for slices in zip(*parts, strict=True)], whole[step:])
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("round_", range(2 * len(ROUNDS)))
-def test_killed_runs_resume_to_the_same_bytes(
-    reference: tuple[Path, dict[str, str], float],
-    tmp_path: Path,
-    round_: int,
-    record_property: Callable[[str, object], None],
-) -> None:
-    source, expected, seconds = reference
-    dice = random.Random(round_)
-    out = tmp_path / "out"
-    command = [str(PIPELINE), "shards", str(source), str(out), *OPTIONS]
-    victims = []
-    for _ in range(3):  # two kills of the parent or of a worker, each at a random moment
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            time.sleep(dice.uniform(0, seconds))
-            workers = descendants(process.pid)
-            victim = dice.choice([process.pid, *workers, *workers])
-            victims.append("SIGKILL of pipeline shards" if victim == process.pid else "SIGKILL of its worker")
-            try:
-                os.kill(victim, signal.SIGKILL)
-            except ProcessLookupError:
-                victims.pop()
-            process.communicate(timeout=60)
-        finished = (out / "manifest.json").exists()
-        if not finished:
-            assert run_pipeline("stats", out).returncode != 0, "unfinished shards must not be readable"
-    final = run_pipeline(*command[1:])
-    assert final.returncode == 0, (victims, final.stderr)
-    assert hashes(out) == expected, victims
-    for name in victims:
-        record_property("survived", name)
+def test_killed_runs_resume_to_the_same_bytes(rounds: Iterator[Round], sources: list[list[str]]) -> None:
+    for round_ in rounds:
+        dice, out = round_.dice, round_.folder / "out"
+        source, *how = dice.choice([*sources, *3 * sources[:2]])
+        options = round_.draw(DRAWN)
+        print(source, *how, *options)
+        whole = run_pipeline("shards", source, round_.folder / "whole", *how, *options, "--workers", 1)
+        assert whole.returncode == 0, whole.stderr
+        command = [str(PIPELINE), "shards", source, str(out), *how, *options, "--workers"]
+        for _ in range(dice.randint(1, 3)):
+            disturb([*command, str(dice.randint(1, 3))], out, len(list(round_.folder.glob("whole/*.tar"))), round_)
+        final = run_pipeline(*command[1:], 2)
+        assert final.returncode == 0, final.stderr
+        assert hashes(out) == hashes(round_.folder / "whole")
+        assert run_pipeline("verify", out, "--deep").returncode == 0
+        check_stream(out, round_)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
-)
-def test_a_signal_ends_the_run_and_its_workers(
-    reference: tuple[Path, dict[str, str], float], tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    source, expected, _ = reference
-    out = tmp_path / "out"
+def test_a_signal_ends_the_run_and_its_workers(tmp_path: Path) -> None:
+    source, out = tmp_path / "sample", tmp_path / "out"
+    assert run_pipeline("sample", source, "--images", 240).returncode == 0
     command = [str(PIPELINE), "shards", str(source), str(out), *OPTIONS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not list(out.glob("*.tar")):
             time.sleep(0.01)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)  # returns once the workers have closed stderr too
-    assert process.returncode == code
+    assert process.returncode == 143
     assert "Traceback" not in errors
     assert not (out / "manifest.json").exists()
     assert run_pipeline("shards", source, out, *OPTIONS).returncode == 0
-    assert hashes(out) == expected
+    assert run_pipeline("shards", source, tmp_path / "whole", *OPTIONS).returncode == 0
+    assert hashes(out) == hashes(tmp_path / "whole")
