@@ -95,9 +95,8 @@ def find_states(column: pa.ChunkedArray, label: str, values: Values = ()) -> tup
     given = {word.casefold(): state for word, state in values}
 
     def find(word: str) -> int | None:
-        keys = (key for key in (f"{label}:{word}".casefold(), word.casefold()) if key in given)
-        key = next(keys, None)
-        return parse_state(word) if key is None else given[key]
+        own, plain = f"{label}:{word}".casefold(), word.casefold()
+        return given[own] if own in given else given[plain] if plain in given else parse_state(word)
 
     return look_up(column, find, pa.int8())
 
