@@ -1,6 +1,7 @@
 """An evaluation → its tables, for a terminal, a page and a card; each is a query of the rows."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,14 +28,12 @@ def show(row: Row) -> str:
     return show_figure(row.value)
 
 
-def show_positives(row: Row) -> str:
-    """The positives of a finding; a mean has none."""
-    return "" if row.label in (*MEANS, COMMON) else show_count(row.positives)
+def show_cells(side: str, row: Row) -> str:
+    """The positives or negatives of a finding; a mean has none."""
+    return "" if row.label in (*MEANS, COMMON) else show_count(getattr(row, side))
 
 
-def show_negatives(row: Row) -> str:
-    """The negatives of a finding; a mean has none."""
-    return "" if row.label in MEANS else show_count(row.negatives)
+POSITIVES, NEGATIVES = (partial(show_cells, side) for side in ("positives", "negatives"))
 
 
 class Query(NamedTuple):
@@ -102,8 +101,8 @@ def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     shown = {name: metric for metric, name in SCORES.items() if any(evaluation.select(metric=metric))}
     columns = [
         *(Query(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
-        Query("positives", "auroc", show_positives, level=level),
-        Query("negatives", "auroc", show_negatives, level=level),
+        Query("positives", "auroc", POSITIVES, level=level),
+        Query("negatives", "auroc", NEGATIVES, level=level),
         *(Query(name, metric, show, level=level) for name, metric in shown.items()),
     ]
     return tabulate(evaluation, title, [*evaluation.labels, *MEANS], columns, kind="metrics")
@@ -276,8 +275,8 @@ def tabulate_readers(evaluation: Evaluation) -> Table:
         size = evaluation.get("studies", None, "study", scorer=reader).value
         name = f"{reader} (n = {show_count(size)})"
         for heading, metric, shown in (
-            ("positives", "sensitivity", show_positives),
-            ("negatives", "sensitivity", show_negatives),
+            ("positives", "sensitivity", POSITIVES),
+            ("negatives", "sensitivity", NEGATIVES),
             ("sensitivity", "sensitivity", attrgetter("shown")),
             ("specificity", "specificity", attrgetter("shown")),
             ("network's sensitivity", "network", show),
@@ -305,7 +304,7 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
     columns = []
     for name, group in {"these images": None, "the run's own valid": OWN}.items():
-        columns.append(Query((name, "positives"), "auroc", show_positives, group))
+        columns.append(Query((name, "positives"), "auroc", POSITIVES, group))
         columns.append(Query((name, "AUROC [95 %]"), "auroc", group=group))
     columns.append(Query("difference [95 %]", "auroc_difference", CHANGE, OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from model.fusion import StudyNetwork
 from model.names import FUSIONS, UNKNOWN_FRONTAL, check_arch
 from model.networks import build_network
+from model.runs.embeddings import embed
 
 # A lateral alone, a frontal with a lateral whose first image is unusable, and three views.
 PRESENT = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 1]]).bool()
@@ -35,6 +36,7 @@ def test_it_starts_as_the_network_for_images(arch: str, images: Tensor) -> None:
         logits, found = network(images), fused(images, PRESENT, PROJECTION)
     expected = torch.stack([logits[views].mean(dim=0) for views in VIEWS])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(embed(fused, images), fused.backbone(images))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -18,13 +18,11 @@ import numpy as np
 import pytest
 
 import train
-from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import Manifest
 from pipeline.measure.scores import open_scores
-from pipeline.sources.sets import find_source
 from pipeline.stream.plan import plan_training
 from pipeline.stream.samples import find_images, open_split
-from tests.conftest import POLICIES, Round, default_options, flip, make_shards, write_chexpert
+from tests.conftest import Round, default_options, flip, make_shards, write_chexpert
 from tests.swift import free_ports
 from tests.training import WORDS, assert_same_run, call_train
 
@@ -89,8 +87,7 @@ def other_hospital(tmp_path: Path) -> list[object]:
     """The options of a mix with shards of other patients under the same numbers."""
     write_chexpert(tmp_path / "films", "train", range(1, 31))
     write_chexpert(tmp_path / "films", "valid", range(40, 45))
-    source = find_source(tmp_path / "films", {}, [], called="childrens")
-    write_shards(source, tmp_path / "other", default_options(size=64), POLICIES, Execution(1, 0.0))
+    make_shards(tmp_path / "films", tmp_path / "other", default_options(size=64), called="childrens")
     return ["--shards", tmp_path / "other", "--mix", "1,3"]
 
 

@@ -365,6 +365,7 @@ def test_hostile_ones_are_refused_with_a_reason(levels: Array) -> None:
         (bomb, tiny, "its deflated part ends early, or has more than 16,777,616 bytes"),
         (b"\0" * 128 + b"DICM", RAW, "it has no pixels, or ends early"),
         (sound.replace(b"\x10\0US", b"\x10\0FD"), RAW, "its header is damaged"),
+        (sound.replace(b"1.2.1\0", b"1.2.5\0"), RAW, "its pixels are not RLE Lossless, as its header says"),
     ):
         with refused(f"not a readable DICOM: {reason}", ImageError):
             prepare(image, options)

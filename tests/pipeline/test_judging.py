@@ -141,6 +141,15 @@ def test_what_cannot_be_judged_is_refused(nih: tuple[Path, Path, pd.DataFrame], 
     ):
         with pytest.raises(DataError, match=message):
             judge(scores, table, Judging(columns=parse_columns(COLUMNS), **options))
+    with pytest.raises(DataError, match=r"^`dev` dev is to be judged, too; name another, or another `split` to judge$"):
+        judge(scores, tmp_path, Judging(dev="dev"))
+
+
+def test_scores_of_studies_are_judged_by_study(chexpert: Path, tmp_path: Path) -> None:
+    paths = pd.read_csv(chexpert / "train.csv")["Path"].str.split("/").str[2:4].str.join("/").unique()
+    pd.DataFrame({"study": paths, "Edema": np.linspace(0, 1, len(paths))}).to_csv(tmp_path / "scores.csv", index=False)
+    evaluation, images = judge(tmp_path / "scores.csv", chexpert / "train.csv")
+    assert (evaluation.unit, evaluation.get("studies").value, len(images.scores)) == ("study", len(paths), len(paths))
 
 
 def test_logits_facts_and_means_over_views_are_judged_as_asked(

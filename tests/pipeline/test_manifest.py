@@ -133,6 +133,8 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
     for column, kind in (("note", pa.string()), ("score", pa.int64())):
         table = TABLE.append_column(column, pa.nulls(3, kind))
         assert read_table(tmp_path, write(tmp_path, table).split("train")).equals(table)
+    numbers = retyped("ward", pa.int64(), 7)
+    assert manifest.concat_labels([TABLE, numbers])["ward"].to_pylist() == [*TABLE["ward"].to_pylist(), *"777"]
     reason = "its sha256 is not the manifest's; it is damaged or belongs to other shards"
     split = write(tmp_path).split("train")
     write_table(path, table)

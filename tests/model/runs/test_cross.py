@@ -15,14 +15,12 @@ from model.checkpoint import save_checkpoint
 from model.networks import build_network
 from model.runs.cross import plan_runs
 from pipeline.base.errors import DataError
-from pipeline.etl.shards import Execution, write_shards
 from pipeline.identity import join_content
 from pipeline.labels import LABELS
 from pipeline.manifest import manifest_digest, read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
 from pipeline.measure.scores import read_scores
-from pipeline.sources.sets import find_source
-from tests.conftest import POLICIES, default_options, write_chexpert
+from tests.conftest import default_options, make_shards, write_chexpert
 from tests.training import WORDS, call_train
 
 
@@ -32,8 +30,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed, name in enumerate(("north", "south")):
         write_chexpert(base / name / "films", "train", range(1, 25), seed)
         write_chexpert(base / name / "films", "valid", range(30, 50), seed)
-        source = find_source(base / name / "films", {}, [], called=name)
-        write_shards(source, base / name / "shards" / name, default_options(dev=0.3), POLICIES, Execution(1, 0.0))
+        make_shards(base / name / "films", base / name / "shards" / name, default_options(dev=0.3), called=name)
     return [base / name / "shards" / name for name in ("north", "south")]
 
 

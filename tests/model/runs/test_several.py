@@ -11,12 +11,10 @@ import pytest
 import train
 from model.runs.job import Job, check_reported, open_rows, training_labels, training_weights
 from model.runs.overlap import hash_patients, read_seen
-from pipeline.etl.shards import Execution, write_shards
 from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
-from pipeline.sources.sets import find_source
 from pipeline.stream.plan import epoch_order
-from tests.conftest import POLICIES, default_options, write_chexpert
+from tests.conftest import make_shards, write_chexpert
 from tests.training import assert_same_run, open_small_job, train_until
 
 
@@ -28,8 +26,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         base = tmp_path_factory.mktemp("set")
         write_chexpert(base / "films", "train", range(1, 21), seed)
         write_chexpert(base / "films", "valid", range(30, 35), seed)
-        source = find_source(base / "films", {}, [], called=name)
-        write_shards(source, base / "shards", default_options(dev=0.3), POLICIES, Execution(1, 0.0))
+        make_shards(base / "films", base / "shards", called=name)
         folders.append(base / "shards")
     return folders
 

@@ -111,24 +111,17 @@ def test_the_verdict_says_what_a_planted_shortcut_did(shortcut: float, signal: f
     assert verdict.note.endswith(ends.format(right / pairs).replace(" 0.", " ."))
 
 
-@pytest.mark.parametrize(("seed", "rows", "positives"), [(0, 200, 20), (1, 200, 20), (2, 1000, 60), (3, 3000, 300)])
-def test_a_score_that_is_the_patient_number_is_never_cleared(seed: int, rows: int, positives: int) -> None:
+@pytest.mark.parametrize(("rows", "positives"), [(200, 20), (200, 25), (1000, 60), (3000, 300)])
+def test_only_a_score_that_is_the_patient_number_is_condemned(rows: int, positives: int) -> None:
     truth = (np.arange(rows) < positives).astype(float)
-    number = np.random.default_rng(seed).normal(size=rows) + 0.7 * truth
-    belief = assess_belief(["Edema"], scored(truth, number), {"patient number": number}, {})["Edema"]
-    assert belief["mark"] in ("shown", "partly", "unclear")
-    if rows == 3000:
-        assert belief["mark"] == "shown"
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_an_honest_score_is_not_condemned_by_covariates_of_no_effect(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    truth = np.arange(200) < 25
-    score = random.normal(size=200) + 0.95 * truth  # an AUROC of .75
-    strata = {name: random.choice(values, 200) for name, values in (("sex", ["F", "M"]), ("view", ["AP", "PA"]))}
-    found = assess_belief(["Edema"], scored(truth * 1.0, score), {"x": random.normal(size=200)}, strata)
-    assert found["Edema"]["mark"] in ("none", "unclear")
+    random = np.random.default_rng(rows)
+    number, other = random.normal(size=(2, rows))
+    number += 0.7 * truth
+    strata = {name: random.choice(values, rows) for name, values in (("sex", ["F", "M"]), ("view", ["AP", "PA"]))}
+    shortcut = assess_belief(["Edema"], scored(truth, number), {"patient number": number}, {})["Edema"]
+    honest = assess_belief(["Edema"], scored(truth, number + 0.25 * truth), {"x": other}, strata)["Edema"]
+    assert shortcut["mark"] in (("shown",) if rows == 3000 else ("shown", "partly", "unclear"))
+    assert honest["mark"] in ("none", "unclear")
 
 
 def test_many_weak_covariates_and_a_u_shaped_one_are_found_together() -> None:

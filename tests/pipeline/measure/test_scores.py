@@ -40,29 +40,6 @@ def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Scores, t
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_missing_images_are_counted_and_one_is_named(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
-    path = tmp_path / "scores-train.arrow"
-    write_scores(path, table.slice(3), LABELS, scores[3:])
-    with pytest.raises(DataError) as caught:
-        read_scores(path, table["key"])
-    assert str(caught.value) == (
-        f"{path}: no scores of 3 of 50 images, such as patient00000_study1_view1_frontal; "
-        "they are of other shards, or of other images of these"
-    )
-
-
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.01, 1.01])
-def test_scores_outside_their_range_are_named(table: pa.Table, scores: Scores, tmp_path: Path, wrong: float) -> None:
-    path = tmp_path / "scores-train.arrow"
-    scores[20, LABELS.index("Edema")] = wrong
-    write_scores(path, table, LABELS, scores)
-    with pytest.raises(DataError) as caught:
-        read_scores(path, table["key"])
-    outside = "is not in [0, 1]; give `logits` if these are logits"
-    complaint = outside if np.isfinite(wrong) else "is not a score"
-    assert str(caught.value) == f"{path}, row 21, column Edema: '{wrong:g}' {complaint}"
-
-
 def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
     path = tmp_path / "scores-train.arrow"
     write_scores(path, table, LABELS, scores)
@@ -77,6 +54,18 @@ def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_pa
         with pa.ipc.new_file(path, changed.schema) as writer:
             writer.write_table(changed)
 
+    replace(whole.slice(3))
+    assert refuse() == (
+        f"{path}: no scores of 3 of 50 images, such as patient00000_study1_view1_frontal; "
+        "they are of other shards, or of other images of these"
+    )
+    outside = "is not in [0, 1]; give `logits` if these are logits"
+    place = whole.column_names.index("Edema")
+    for wrong, complaint in ((np.nan, "is not a score"), (np.inf, "is not a score"), (-0.01, outside), (1.01, outside)):
+        edema = scores[:, LABELS.index("Edema")].copy()
+        edema[20] = wrong
+        replace(whole.set_column(place, "Edema", pa.array(edema)))
+        assert refuse() == f"{path}, row 21, column Edema: '{wrong:g}' {complaint}"
     replace(whole.drop_columns("Edema"))
     assert refuse().startswith(f"{path}: column Edema is missing; ")
     replace(whole.set_column(3, LABELS[0], pa.array(["high"] * 50)))
@@ -171,12 +160,8 @@ def test_a_reader_calls_1_0_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_scores(path, calls=True)
     assert str(caught.value) == f"{path}, line 2, column Edema: '-1' is not a reader's call: 1, 0 or blank"
-
-
-def test_rows_are_not_of_another_sets_studies_of_equal_names(tmp_path: Path) -> None:
-    path = tmp_path / "bc4.csv"
     path.write_text("Study,Edema\np/study1,1\n")
-    two = pa.table({"key": ["a/x", "b/y"], "patient": ["nih/p", "chexpert/p"], "study": [1, 1]})
+    two = pa.table({"key": ["a/x", "b/y"], "patient": ["nih/p", "chexpert/p"], "study": [1, 1]})  # of equal names
     with pytest.raises(DataError) as caught:
         open_scores(path, calls=True).align(two, print)
     assert str(caught.value) == (

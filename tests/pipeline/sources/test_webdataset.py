@@ -15,6 +15,7 @@ import webdataset
 from PIL import Image
 
 from pipeline import DataError
+from pipeline.base.store import open_location
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest, read_manifest, read_table
 from pipeline.sources.sets import find_source
@@ -219,7 +220,12 @@ def test_a_bad_sample_is_named(tmp_path: Path, sample: dict[str, bytes], message
 
 
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.zst"])
-def test_compressed_tars_are_named(tmp_path: Path, name: str) -> None:
+def test_tars_that_are_compressed_or_in_a_store_are_named(tmp_path: Path, name: str) -> None:
+    far = open_location(f"memory://{name}/tars")
+    assert SET.find_tables(far) is None
+    (far / "a.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"^{far}: other programs' tars are read from a folder; copy them to one$"):
+        SET.find_tables(far)
     (tmp_path / name).touch()
     with pytest.raises(DataError, match=rf"^{tmp_path}: its tars are compressed; decompress them to \.tar$"):
         find_source(tmp_path, {}, [])

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from pipeline import BatchDataset, DataError
+from pipeline.base.errors import MachineError
 from pipeline.images import decode_into, decode_stored
 from pipeline.labels import LABELS
 from pipeline.manifest import FACTS, read_table
@@ -412,3 +413,9 @@ def test_a_stateful_loader_continues_where_it_was(split: OpenSplit, labels: Labe
         steps = [int(next(batches)[0][1]) for _ in range(done)]
         second.load_state_dict(first.state_dict())
         assert steps + [int(batch[0][1]) for batch in second] == list(range(last + 1))
+
+
+def test_full_shared_memory_is_named(split: OpenSplit, labels: Labels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=RuntimeError("No space left on device (28)")))
+    with refused("shared memory: No space left on device (28); make room in it", MachineError):
+        training(split, labels)

@@ -599,6 +599,10 @@ def test_a_download_that_is_wanted_no_more_ends(
         stop.set()
         with pytest.raises(remote.DownloadStopped):
             download.result(timeout=3)
+    with (cache / f"{shard.sha256}.1000000.part").open("ab") as other:  # of another process
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(remote.DownloadStopped):
+            far.path(shard, stop)
     assert cached(cache) <= {f"{shard.sha256}.1000000.part"}
 
 
