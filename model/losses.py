@@ -85,31 +85,29 @@ def class_counts(target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 class AUCMarginLoss(nn.Module):
     """The AUC margin loss of Yuan et al., ICCV 2021 (arXiv:2012.03173), per label, averaged over the labels.
 
-    With scores h, the sigmoids of the logits, the share p of positives and a margin m, a label's loss is
+    With scores h, the sigmoids of the logits, the share p of positives and the paper's margin of 1, a label's loss is
 
         min a, b  max α ≥ 0   E[ (1-p) (h-a)² [y=1] + p (h-b)² [y=0]
-                                 + 2α (p(1-p) m + p h [y=0] - (1-p) h [y=1]) - p(1-p) α² ]
+                                 + 2α (p(1-p) + p h [y=0] - (1-p) h [y=1]) - p(1-p) α² ]
 
-    which is p(1-p) (Var⁺ h + Var⁻ h + (m + E⁻ h - E⁺ h)₊²): how far, in the mean over pairs of a positive and a
-    negative, their scores are from m apart. LibAUC's AUCMLoss and its optimizer PESG find the saddle point by
-    steps of descent in a and b, toward the classes' mean scores, and of ascent in α, toward (m + b - a)₊. It is
+    which is p(1-p) (Var⁺ h + Var⁻ h + (1 + E⁻ h - E⁺ h)²): how far, in the mean over pairs of a positive and a
+    negative, their scores are from 1 apart. LibAUC's AUCMLoss and its optimizer PESG find the saddle point by
+    steps of descent in a and b, toward the classes' mean scores, and of ascent in α, toward 1 + b - a. It is
     known in closed form, so only the network is optimized here: a and b are running means of each class's scores, α
     follows from them, and the gradient of the expression above at that point is the gradient of its value (Danskin's
     theorem). Means over the batch alone would not do, because few batches hold a positive of a rare label. p is
     over all of train, so that each batch gives an unbiased estimate of the expectation. A label counts once both of
     its classes have appeared.
 
-    A soft target y is a positive with weight y and a negative with weight 1 - y. Scores in [0, 1] never exceed a
-    margin of 1; a smaller one ignores pairs that are already that far apart.
+    A soft target y is a positive with weight y and a negative with weight 1 - y.
     """
 
     share: Tensor
     met: Tensor
 
-    def __init__(self, target: Tensor, mask: Tensor, margin: float = 1.0) -> None:
+    def __init__(self, target: Tensor, mask: Tensor) -> None:
         """Take the class shares from train's targets in [0, 1] and mask, both [N, L]."""
         super().__init__()
-        self.margin = margin
         positives, negatives = class_counts(target, mask)
         self.register_buffer("share", (positives / (positives + negatives).clamp(min=1)).float())
         # For positives and negatives: the sum of scores and their number, with older batches decaying.
@@ -133,11 +131,11 @@ class AUCMarginLoss(nn.Module):
             self.met.mul_(MEMORY).add_(batch.view(2, 2, -1))
             number = self.met[:, 1]
             a, b = self.met[:, 0] / torch.where(number > 0, number, 1)
-            alpha = (self.margin + b - a).clamp(min=0)
+            alpha = 1 + b - a
         p, q = self.share, 1 - self.share
         cells = q * positive * ((scores - a) ** 2 - 2 * alpha * scores)
         cells = cells + p * negative * ((scores - b) ** 2 + 2 * alpha * scores)
-        cells = cells + mask * (p * q * alpha * (2 * self.margin - alpha))
+        cells = cells + mask * (p * q * alpha * (2 - alpha))
         losses = cells.sum(dim=0) / of_label.clamp(min=1)
         counts = (number > 0).all(dim=0)
         loss = torch.where(counts, losses, 0).sum() / counts.sum().clamp(min=1)
