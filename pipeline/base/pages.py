@@ -147,8 +147,9 @@ class Panel:
         name = re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
         with _style(light), atomic_file(folder / f"{name}.png") as file:
             figure, axes = self.make()
-            axes.set_title(description)
+            figure.patch.set_visible(True)  # the page's is transparent, so that text would be drawn on itself
             draw(axes)
+            axes.set_title(description, pad=6 if axes.get_legend() is None else 22)  # above a legend
             figure.savefig(file, format="png", dpi=200, facecolor="white", bbox_inches="tight")
 
 
