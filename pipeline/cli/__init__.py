@@ -3,6 +3,7 @@
 A command's module is imported when the command runs, so that `--help` is quick.
 """
 
+import os
 import sys
 from importlib import import_module
 
@@ -33,6 +34,8 @@ class Menu(click.Group):
         """The command, imported when needed."""
         if cmd_name not in COMMANDS:
             return None
+        if COMMANDS[cmd_name][0] == "making":  # no algebra: the threads for it would wait by spinning
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         if cmd_name == "shards" and "--help" not in sys.argv:  # the workers' imports take as long as its own
             start_server(["pipeline.etl.shards", "pipeline.sources.load"])
         command: click.Command = getattr(import_module(f"pipeline.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
