@@ -111,10 +111,10 @@ def find_notes(tables: Iterable[pa.Table]) -> dict[str, list[str]]:
     """The notes of sharding on images (`images.Prepared`), and the keys of those images."""
     keys: dict[str, list[str]] = {}
     for table in tables:
-        noted = table.filter(table["note"].is_valid()) if "note" in table.column_names else table.slice(0, 0)
-        for key, notes in zip(noted["key"].to_pylist(), noted["note"].to_pylist() if len(noted) else (), strict=True):
-            for note in notes.split("; "):
-                keys.setdefault(note, []).append(key)
+        if "note" in table.column_names:
+            for row in table.select(["key", "note"]).drop_null().to_pylist():
+                for note in row["note"].split("; "):
+                    keys.setdefault(note, []).append(row["key"])
     return keys
 
 

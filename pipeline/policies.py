@@ -87,7 +87,6 @@ def make_targets(
     target = np.where(mask, states, 0).astype(np.float32)
     if blank == "ignore":
         mask &= ~is_blank
-    keys = None
     for column, label in enumerate(LABELS):
         policy = uncertain[label]
         rows = np.flatnonzero(states[:, column] == -1)
@@ -95,8 +94,8 @@ def make_targets(
             low, high = RANGES[policy]
             target[rows, column] = low
             if high > low:
-                keys = table["key"].to_pylist() if keys is None else keys
-                draws = np.array([hash_fraction("smooth", seed, keys[row], label) for row in rows])
+                keys = table["key"].take(rows).to_pylist()
+                draws = np.array([hash_fraction("smooth", seed, key, label) for key in keys])
                 target[rows, column] = low + (high - low) * draws
         elif policy == "selftrained":
             if teacher is None:

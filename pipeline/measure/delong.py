@@ -149,7 +149,7 @@ def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
 
     `level` is the chance that the limits miss it.
     """
-    weight = np.asarray(weights, float)
+    weight = np.asarray(weights)
     kept = weight != 0
     if not kept.any() or np.isnan(areas.value[kept]).any():
         return {"value": None, **NO_LIMITS}
@@ -279,7 +279,7 @@ def _cluster(cells: Floats, truth: Bools, own: Ints, codes: Ints, patients: int)
     """
     influence, kish, errors = np.zeros(patients), 1.0, []
     for side in (truth, ~truth):
-        counts = np.bincount(codes[side], minlength=patients)
+        counts = np.bincount(codes[side])
         owners = int((counts > 0).sum())
         part = np.bincount(codes[side], cells[side], patients) * np.sqrt(owners / max(owners - 1, 1))
         influence += part

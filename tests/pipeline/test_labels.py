@@ -21,6 +21,7 @@ from pipeline.policies import (
     check_blank_policy,
     choose_policy,
     describe_one_class,
+    divide_cells,
     evaluation_targets,
     find_one_class,
     make_targets,
@@ -153,6 +154,11 @@ def test_labels_with_one_class_equal_pandas(
     expected = describe_one_class(*make_targets(rows, sure, blank, 0))
     place = rows.column_names.index("Fracture")
     rows = rows.set_column(place, "Fracture", pa.array([-2] * rows.num_rows, pa.int8()))
+    target, mask = make_targets(rows, sure, blank, 0)
+    column = LABELS.index("Fracture")
+    assert [target[:, column].any(), mask[:, column].any()] == [False, False]
+    sides = divide_cells(np.array([-1, 0, 0.5], np.float32), np.array([True] * 3))
+    assert [side.tolist() for side in sides] == [[False, False, True], [False, True, False]]
     texts = [text for label, text in expected.items() if label != "Fracture"]
     assert find_one_class(rows, {"uncertain": policy, "blank": blank}) == texts
 
@@ -170,9 +176,10 @@ def test_smoothing_is_uniform_and_a_function_of_seed_and_key(
 
 
 def test_evaluation_leaves_uncertain_cells_out(real_table: Any, real_frame: pd.DataFrame) -> None:
-    target, mask = evaluation_targets(real_table, "zeros")
-    np.testing.assert_array_equal(mask, (real_frame[list(LABELS)] != -1).to_numpy())
-    assert set(np.unique(target[mask])) == {0, 1}
+    for blank, empty in (("zeros", 0), ("ignore", -1)):
+        target, mask = evaluation_targets(real_table, blank)
+        np.testing.assert_array_equal(mask, real_frame[list(LABELS)].fillna(empty).isin([0, 1]))
+        assert set(np.unique(target[mask])) == {0, 1}
 
 
 def test_policy_overrides_and_errors(real_table: Any) -> None:

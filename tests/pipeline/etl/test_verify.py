@@ -127,11 +127,6 @@ def remove_description(folder: Path, manifest: Manifest) -> list[str]:
     return [f"{folder / 'croissant.json'}: missing"]
 
 
-def exchange_table(folder: Path, manifest: Manifest) -> list[str]:
-    shutil.copy(folder / "valid.arrow", folder / "dev.arrow")
-    return [f"{folder / 'dev.arrow'}: its sha256 is not the manifest's; it is damaged or belongs to other shards"]
-
-
 def shift_offset(folder: Path, manifest: Manifest) -> list[str]:
     path, key, offset, length = first_row(folder, manifest)
     edit_table(folder, manifest, "offset", offset + 512)
@@ -186,7 +181,7 @@ def append_zeros(folder: Path, manifest: Manifest) -> list[str]:
 
 
 DAMAGES = [flip_image, flip_json, flip_header, flip_padding]
-DAMAGES += [truncate, exchange, remove, damage_several, exchange_manifest, exchange_table, shift_offset]
+DAMAGES += [truncate, exchange, remove, damage_several, exchange_manifest, shift_offset]
 DAMAGES += [remove_description, move_row, miscount, repeat_split, rename_member, append_zeros]
 
 
