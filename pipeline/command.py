@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -45,19 +44,20 @@ class PathOrUrl(click.Path):
 
 
 class Parsed(click.ParamType[object]):
-    """The value that the library parses from a text; its DataError becomes a usage error."""
+    """The value that the library parses from a text, or the checked text; its DataError becomes a usage error."""
 
     name = "text"
 
-    def __init__(self, parse: Callable[[str], object]) -> None:
-        self.parse = parse
+    def __init__(self, parse: Callable[[str], object], keeps_text: bool) -> None:
+        self.parse, self.keeps_text = parse, keeps_text
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         """The value."""
         try:
-            return self.parse(str(value))
+            parsed = self.parse(str(value))
         except DataError as error:
             self.fail(name_options(str(error)), param, ctx)
+        return str(value) if self.keeps_text else parsed
 
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -177,21 +177,13 @@ def _make_params(part: Fields) -> Iterator[click.Parameter]:
         yield FieldOption([name, flag], item, several, multiple=multiple, **more)
 
 
-def _accept(check: Callable[[str], object], text: str) -> str:
-    """The text, if the library accepts it."""
-    check(text)
-    return text
-
-
 def _choose_type(kind: object, item: Option) -> click.ParamType[Any]:
     """Click's type of a value."""
     if item.type is not None:
         chosen: click.ParamType[Any] = item.type
         return chosen
-    if parse := item.split or item.parse:
-        return Parsed(parse)
-    if item.check is not None:
-        return Parsed(partial(_accept, item.check))
+    if parse := item.split or item.parse or item.check:
+        return Parsed(parse, keeps_text=parse is item.check)
     if item.choices:
         return click.Choice(list(item.choices), case_sensitive=False)
     kinds = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is tuple else (kind,)
