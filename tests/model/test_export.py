@@ -58,10 +58,6 @@ def test_an_export_that_is_off_is_refused(
     assert not path.exists()
 
 
-def test_a_sound_export_is_far_within_the_tolerance(scorer: Scorer, tmp_path: Path) -> None:
-    assert export_scorer(scorer, (32, 32), tmp_path / "model.pt2") < export.TOLERANCE / 10
-
-
 def test_saturated_scores_are_no_evidence() -> None:
     saturated = torch.sigmoid(torch.full((2, 3), 30.0))
     with pytest.raises(DataError, match=r"^model.pt2: all scores of the images tried are 0 or 1"):
@@ -89,4 +85,5 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
         torch.testing.assert_close(copy.deepcopy(robust)(normalize(images, 120.0, 60.0)), expected)
         brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
         np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
-    assert export_scorer(Scorer([Reading(robust, [7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}") < 1e-3
+    error = export_scorer(Scorer([Reading(robust, [7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}")
+    assert error < export.TOLERANCE / 10
