@@ -122,14 +122,16 @@ def call(command: Callable[[], object], *words: object) -> subprocess.CompletedP
     return subprocess.CompletedProcess(typed, ended.value.code or 0, *said)  # type: ignore[arg-type]
 
 
-def run_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The `pipeline` command."""
-    return call(main, "pipeline", *arguments)
+def run_pipeline(*arguments: object, code: int | None = 0) -> subprocess.CompletedProcess[str]:
+    """The `pipeline` command, which ends with this exit code; with any for None."""
+    done = call(main, "pipeline", *arguments)
+    assert code in (None, done.returncode), done.stderr
+    return done
 
 
 def refusal(*arguments: object) -> tuple[int, str]:
     """The exit code of a `pipeline` command that fails, and its last line."""
-    failed = run_pipeline(*arguments)
+    failed = run_pipeline(*arguments, code=None)
     assert "Traceback" not in failed.stderr
     return failed.returncode, failed.stderr.splitlines()[-1]
 

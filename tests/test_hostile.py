@@ -70,8 +70,7 @@ def test_hostile_tars_are_refused(
         for info, data in members:
             tar.addfile(info, io.BytesIO(data))
     monkeypatch.chdir(tmp_path)
-    run = run_pipeline("shards", tmp_path, tmp_path / "out", *WORDS)
-    assert run.returncode == 1
+    run = run_pipeline("shards", tmp_path, tmp_path / "out", *WORDS, code=1)
     assert "\nError: " in f"\n{run.stderr}"
     assert str(tmp_path) in run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "train-000000.tar"]
@@ -111,7 +110,6 @@ def test_facts_of_patients_are_in_no_output(chexpert: Path, tmp_path: Path) -> N
     csv.write_text("".join(line.replace(",Female,", ",Femaleness,", 1) for line in csv.read_text().splitlines(True)))
     for words in (["shards", chexpert, tmp_path / "out", "--size", 48], ["verify", tmp_path / "out"]):
         run = run_pipeline(*words)
-        assert run.returncode == 0, run.stderr
         assert "Femaleness" not in run.stdout + run.stderr
     assert "Femaleness" in pa.ipc.open_file(tmp_path / "out" / "train.arrow").read_all()["sex"].to_pylist()
 
@@ -129,17 +127,17 @@ def test_arrow_tables_that_are_none_are_named(shards: Shards) -> None:
     folder, manifest = shards
     path = folder / manifest.split("train").table
     whole = path.read_bytes()
-    refused = []
-    for place in range(0, len(whole), 23):
+    messages = []
+    for place in range(0, len(whole), 47):
         accept_table(folder, manifest, whole[:place] + b"\xff\xff\xff\x7f" + whole[place + 4 :])
         try:
             table = open_split(folder, read_manifest(folder), "train").table
         except DataError as error:
-            refused.append(str(error))
+            messages.append(str(error))
         else:
             table.validate(full=True)
-    assert len(refused) > 50
-    assert all(str(path) in message for message in refused)
+    assert len(messages) > 25
+    assert all(str(path) in message for message in messages)
 
 
 def test_an_unknown_encoding_is_named(shards: Shards) -> None:

@@ -58,7 +58,7 @@ def type_in(line: str, folder: Path) -> tuple[int, str]:
         code, said, calls = 0, "", [words[2 * (words[0] == "python") :]]
     for program, *arguments in calls:
         if code == 0:
-            ran = (run_pipeline if program == "pipeline" else run_train)(*arguments)
+            ran = run_pipeline(*arguments, code=None) if program == "pipeline" else run_train(*arguments)
             code, said = ran.returncode, said + ran.stderr + ran.stdout
     return code, said
 

@@ -49,7 +49,7 @@ def pixels_of(image: bytes) -> Array:
     return prepare(image, RAW).pixels
 
 
-def shard(tmp_path: Path, images: dict[str, bytes], *options: object) -> tuple[Any, Path]:
+def shard(tmp_path: Path, images: dict[str, bytes], *options: object, code: int = 0) -> tuple[Any, Path]:
     """Shards of a table of images, in which every other one has an edema: the finished command, and their folder."""
     folder, out = tmp_path / "images", tmp_path / "out"
     folder.mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def shard(tmp_path: Path, images: dict[str, bytes], *options: object) -> tuple[A
     rows = [f"{name},{name},{number % 2}\n" for number, name in enumerate(images)]
     (folder / "labels.csv").write_text("path,patient,Edema\n" + "".join(rows))
     words = ("--set", "table", "--columns", "path=path,patient=patient,Edema=Edema", "--dev", 0, "--workers", 1)
-    return run_pipeline("shards", folder, out, *words, *options), out
+    return run_pipeline("shards", folder, out, *words, *options, code=code), out
 
 
 def expect(image: bytes, stored: Array, **facts: Any) -> None:
@@ -403,7 +403,6 @@ def test_no_text_of_an_image_is_in_anything_written_or_said(
     images = {f"image{number}.dcm": path.read_bytes() for number, path in enumerate(IMAGES)}
     caplog.clear()
     made, out = shard(tmp_path, images, "--max-bad", 1, "--size", 64)
-    assert made.returncode == 0, made.stderr
     assert "52 images" in made.stdout + made.stderr
 
     def try_prepare(path: Path) -> bytes:
@@ -434,7 +433,6 @@ def test_a_table_becomes_shards_and_images_without_a_picture_are_counted(levels:
         "g": make_dicom(levels, WindowCenter=1500, WindowWidth=1),
     }
     made, out = shard(tmp_path, images, "--encoding", "png")
-    assert made.returncode == 0, made.stderr
     expected = prepare(images["a.dcm"], RAW._replace(encoding="png")).data
     with tarfile.open(out / "train-000000.tar") as tar:
         files = [tar.extractfile(member) for member in tar if member.name.endswith(".png")]
@@ -448,7 +446,6 @@ def test_a_table_becomes_shards_and_images_without_a_picture_are_counted(levels:
     table = read_table(out, read_manifest(out).split("train"))
     assert len(find_notes([table])) == 3
     verified = run_pipeline("verify", out, "--deep")
-    assert verified.returncode == 0
     lines = {line for line in verified.stderr.splitlines() if "of the images" in line}
     assert lines == {f"Warning: {line}" for line in doubts}
-    assert shard(tmp_path, images, "--strict", "--encoding", "png")[0].returncode == 3
+    shard(tmp_path, images, "--strict", "--encoding", "png", code=3)

@@ -47,7 +47,6 @@ def test_a_table_alone_judges_scores(nih: tuple[Path, Path, pd.DataFrame], tmp_p
     out = tmp_path / "judged"
     words = ("--columns", COLUMNS, "--threshold", "0.5", "--name", "theirs", "--out", out, "--png", out / "png")
     done = run_pipeline("judge", scores, table, *words)
-    assert done.returncode == 0, done.stderr
     assert "scores.csv: 100 of 600 images have no row, such as " in done.stderr
     assert "scores.csv: 3 of its images are not in the data set, such as x" in done.stderr
     found = read_evaluation(out / "evaluation.json")
@@ -111,7 +110,6 @@ def test_two_readers_and_a_network_stand_on_one_page(nih: tuple[Path, Path, pd.D
     other.to_csv(tmp_path / "other.csv", index=False)
     words = f"--readers {tmp_path}/a.csv --readers {tmp_path}/b.csv --against {tmp_path}/other.csv".split()
     done = run_pipeline("judge", scores, table, "--columns", COLUMNS, *words, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
     found = read_evaluation(tmp_path / "out" / "evaluation.json")
     for name, called in calls.items():
         rate = found.get("sensitivity", "Edema", "study", scorer=name)
@@ -165,8 +163,7 @@ def test_logits_facts_and_means_over_views_are_judged_as_asked(
     facts.to_csv(tmp_path / "facts.csv", index=False)
     pd.read_csv(table).assign(**{"Follow-up #": 0}).to_csv(tmp_path / "table.csv", index=False)
     words = ("--columns", COLUMNS, "--logits", "--facts", tmp_path / "facts.csv", "--study", "mean")
-    done = run_pipeline("judge", tmp_path / "logits.csv", tmp_path / "table.csv", *words, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    run_pipeline("judge", tmp_path / "logits.csv", tmp_path / "table.csv", *words, "--out", tmp_path / "out")
     found = read_evaluation(tmp_path / "out" / "evaluation.json")
     both = both.assign(site=site, truth=both["Finding Labels"] == "Edema")
     for group, rows in (("even", site == "even"), ("odd", site == "odd")):

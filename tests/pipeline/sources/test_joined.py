@@ -18,7 +18,7 @@ from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.joined import join_facts
 from pipeline.sources.load import load_tables
 from pipeline.sources.sets import read_any_table
-from tests.conftest import run_pipeline
+from tests.conftest import refused, run_pipeline
 from tests.layouts import read_cases
 
 RACES = ("White, non-Hispanic", "Black or African American", "Asian - Historical Conv", "Caucasian", "Patient Refused")
@@ -45,7 +45,7 @@ def read_frame(out: Path) -> pd.DataFrame:
 
 def make(chexpert: Path, out: Path, *arguments: object) -> str:
     options = ("--size", 32, "--dev", 0.3, "--samples-per-shard", 9)
-    made = run_pipeline("shards", chexpert, out, *options, *arguments)
+    made = run_pipeline("shards", chexpert, out, *options, *arguments, code=None)
     return made.stdout if made.returncode == 0 else made.stderr
 
 
@@ -101,9 +101,8 @@ def test_a_missing_package_is_named(chexpert: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     book = tmp_path / "demo.xlsx"
     book.write_bytes(b"PK")
-    with pytest.raises(DataError) as caught:
+    with refused(f"{book}: openpyxl is missing: pip install 'chexpert-pipeline[xlsx]'"):
         load_tables([chexpert], None, "all", [book])
-    assert str(caught.value) == f"{book}: openpyxl is missing: pip install 'chexpert-pipeline[xlsx]'"
 
 
 @pytest.mark.parametrize("key", ["key", "patient and study", "number"])
@@ -174,7 +173,6 @@ def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
     for source in ((tmp_path / "out",), (chexpert, "--facts", tmp_path / "facts.csv", "--views", "frontal")):
         for by in ("race", "age_at_cxr"):
             counted = run_pipeline("stats", *source, "--by", by, "--format", "json")
-            assert counted.returncode == 0, counted.stderr
             noted = "facts.csv: 1 of its patients are not in the data set, such as patient00021\n"
             assert counted.stderr == (noted if "--facts" in source else "")
             groups = json.loads(counted.stdout)["by"]["groups"]
@@ -186,8 +184,7 @@ def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
             for name, rows in found.groupby(by):
                 key = f"{name:.0f}" if by == "age_at_cxr" else name
                 assert groups[key]["labels"]["Edema"]["positive"] == (rows["Edema"] == 1).sum()
-    refused = run_pipeline("stats", tmp_path / "out", "--by", "width")
-    assert refused.returncode == 2
+    refused = run_pipeline("stats", tmp_path / "out", "--by", "width", code=2)
     assert refused.stderr.splitlines()[-1] == (
         "Error: --by width: these images can be grouped by view, sex, age, projection, age_at_cxr, primary_race, "
         "zip_code, race"

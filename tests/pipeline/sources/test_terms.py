@@ -57,7 +57,6 @@ def test_shards_in_an_open_folder_are_warned_of(
     monkeypatch.setattr(making, "is_open_to_all", lambda folder: True)
     out = tmp_path / "out"
     done = run_pipeline("shards", chexpert, out, "--size", 48, "--workers", 1)
-    assert done.returncode == 0
     assert done.stderr.splitlines()[0] == (
         f"Warning: {out}: every user of this machine can read it; only people bound by the {STANFORD} may: "
         f"chmod o-rx {out}"

@@ -188,7 +188,6 @@ def test_different_policies_have_to_be_decided(two: tuple[Path, Path], tmp_path:
 
 def test_stats_count_several_sets_and_each(two: tuple[Path, Path]) -> None:
     done = run_pipeline("stats", *two, "--by", "set", "--format", "json")
-    assert done.returncode == 0, done.stderr
     groups = json.loads(done.stdout)["by"]["groups"]
     for name, folder in zip(("chexpert", "childrens"), two, strict=True):
         images = sum(split.samples for split in read_manifest(folder).splits.values())

@@ -257,11 +257,10 @@ def test_a_cue_is_as_frequent_as_its_strength_says(strength: float, state: float
 
 def test_cues_are_drawn_into_train_alone_and_change_nothing_else(tmp_path: Path) -> None:
     plain = write_sample(tmp_path / "plain", images=20)
-    done = run_pipeline(
+    run_pipeline(
         "sample", tmp_path / "cued", "--images", 20, "--workers", 1,
         "--shortcut", "Support Devices=marker:1", "--shortcut", "No Finding=border:0.5",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     cued = tmp_path / "cued" / plain.name
     added = (cued / "SYNTHETIC.txt").read_text().removeprefix((plain / "SYNTHETIC.txt").read_text())
     assert added == (
