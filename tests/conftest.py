@@ -84,9 +84,10 @@ class Round(NamedTuple):
     folder: Path
     survived: Callable[[str], None]
 
-    def draw(self, options: str) -> list[str]:
-        """Of each line, the words of one of the parts between |."""
-        return [word for line in options.splitlines() for word in self.dice.choice(line.split("|")).split()]
+    def draw(self, name: str, **folders: Path) -> list[str]:
+        """Of each line of a text in tests/tables, the words of one of the parts between |."""
+        lines = (REPOSITORY / f"tests/tables/drawn-{name}.txt").read_text().format(**folders).splitlines()
+        return [word for line in lines for word in self.dice.choice(line.split("|")).split()]
 
 
 @pytest.fixture(params=PARTS)

@@ -29,31 +29,6 @@ from tests.training import WORDS, assert_same_run, call_train
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(train.__file__).parent
 OPTIONS = ["--arch", "rescnn", "--image-size", "32", "--workers", "1"]
-# For `draw`; shards come first.
-DRAWN = """\
---shards {sample}/shards|--shards {sample}/studies|--shards {sample}/shards --shards {other}/shards --mix 1,3
---arch rescnn|--arch resnet18|--arch rescnn --init {other}/first --freeze
---loss bce|--loss bce|--loss aucm
---uncertain ignore|--uncertain best|--uncertain multiclass
---blank ignore|--blank zeros
---accumulate 1|--accumulate 2
-|--fusion mean|--fusion max|--fusion attention
-|--views all|--views frontal
---augment none|--augment affine|--augment crop|--augment robust
-||--balance Edema
-||--pos-weight
-||--layer-decay 0.8
-|--ema 0.5|--ema 0.99
---keep best|--keep last
-||--patience 2
-|--eval-every 3|--eval-every 5
-|--limit 60
---batch-size 12|--batch-size 24
---epochs 2|--epochs 4
---image-size 32|--image-size 48x40
---seed 0|--seed 1|--seed 2
---workers 1|--workers 2
---lr 1e-3"""
 
 
 def start(ranks: int, script: str, *arguments: object) -> "subprocess.Popen[str]":
@@ -187,7 +162,7 @@ def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, ro
     for round_ in rounds:
         dice, run, whole, ranks = round_.dice, round_.folder / "run", round_.folder / "whole", 0
         while True:
-            options = round_.draw(DRAWN.format(sample=sample, other=other))
+            options = round_.draw("train", sample=sample, other=other)
             with suppress(click.UsageError):  # what does not go together
                 call_train("train", *options, "--run", run, "--check")
                 break

@@ -20,7 +20,6 @@ from tests.conftest import PIPELINE, REPOSITORY, Round, hashes, run_pipeline, wr
 from tests.swift import free_ports
 
 OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-bad", "0.01"]
-DRAWN = "--size 32|--size 64\n--encoding jpeg|--encoding png\n--samples-per-shard 10|--samples-per-shard 20"
 
 pytestmark = pytest.mark.cluster
 
@@ -99,7 +98,7 @@ def test_a_stopped_run_and_a_lost_worker_change_no_byte(
     start: Start, scheduler: str, source: Path, rounds: Iterator[Round]
 ) -> None:
     for round_ in rounds:
-        dice, out, options = round_.dice, round_.folder / "cluster", round_.draw(DRAWN)
+        dice, out, options = round_.dice, round_.folder / "cluster", round_.draw("dask")
         print(*options)
         workers = [start("worker", scheduler) for _ in range(dice.randint(2, 4))]
         for victim, number, code in ((None, signal.SIGTERM, 143), (dice.choice(workers), signal.SIGKILL, 3)):

@@ -17,16 +17,6 @@ from tests.layouts import SETS
 from tests.pipeline.stream.test_batches import assert_equal, join
 
 OPTIONS = ["--size", "64", "--samples-per-shard", "8", "--workers", "2", "--views", "all"]
-# For `draw`.
-DRAWN = """\
---size 32|--size 64|--size 64 --square pad|--size 48 --square crop|--size 100 --square stretch|--size original
---encoding jpeg|--encoding png|--encoding raw
-|--quality 60
---views all|--views frontal
---dev 0|--dev 0.3
---seed 0|--seed 1
-||--limit 9
---samples-per-shard 1|--samples-per-shard 3|--samples-per-shard 10|--samples-per-shard 1000"""
 FIELDS = "patient=patient,study=study,view=view,Edema=labels.Edema"  # in the JSON of our own tars
 
 
@@ -93,7 +83,7 @@ def test_killed_runs_resume_to_the_same_bytes(rounds: Iterator[Round], sources: 
     for round_ in rounds:
         dice, out = round_.dice, round_.folder / "out"
         source, *how = dice.choice([*sources, *3 * sources[:2]])
-        options = round_.draw(DRAWN)
+        options = round_.draw("shards")
         print(source, *how, *options)
         run_pipeline("shards", source, round_.folder / "whole", *how, *options, "--workers", 1)
         command = [str(PIPELINE), "shards", source, str(out), *how, *options, "--workers"]
