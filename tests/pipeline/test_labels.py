@@ -288,3 +288,5 @@ def test_errors_name_the_line_of_the_file(chexpert: Path) -> None:
         f"{unreadable} 6: 2 cells, but the header has 20; it is the last row: is a quote left open, or the file cut "
         "off?"
     )
+    start[:] = [f"{header},\xe9", f"{rows[0]},"]
+    assert message(encoding="latin-1") == ": not a readable CSV: its header is not UTF-8"

@@ -70,6 +70,10 @@ def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_pa
     assert refuse().startswith(f"{path}: column Edema is missing; ")
     replace(whole.set_column(3, LABELS[0], pa.array(["high"] * 50)))
     assert refuse() == f"{path}, row 1, column No Finding: 'high' is not a score"
+    replace(whole.set_column(0, "key", pa.array([[1]] * 50)))
+    assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
+    replace(whole.slice(50))
+    assert refuse() == f"{path}: no rows"
     path.write_bytes(path.read_bytes()[:-100])
     assert refuse().startswith(f"{path}: not an Arrow table: ")
     path.unlink()
