@@ -46,7 +46,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,8 +55,8 @@ from model.losses import AUCMarginLoss, MaskedLoss, label_scores, positive_weigh
 from model.names import AUGMENTATIONS
 from model.networks import build_network, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
-from model.predict import DivergedError, explain_memory, network_inputs, to_device
-from model.ranks import Ranks, Stopped
+from model.predict import DivergedError, explain_memory, measure_recent, network_inputs, to_device
+from model.ranks import Stopped
 from model.runs.config import (
     Config,
     describe_step,
@@ -86,7 +85,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, sync_folder, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
 from pipeline.labels import LABELS
-from pipeline.measure.delong import measure_areas, report_auroc
+from pipeline.measure.delong import report_auroc
 from pipeline.measure.evaluation import MEANS
 from pipeline.measure.metrics import cross_entropy
 from pipeline.stream.batches import Batch, BatchStream
@@ -329,21 +328,6 @@ def check_losses(job: Job, state: TrainState, steps: int) -> float:
         state.loss_sum += values[0]
     state.losses.clear()
     return float(sums[:, 0].mean()) if len(sums) else math.nan
-
-
-def measure_recent(recent: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> float:
-    """The mean AUROC of all ranks' batches since the last call, over labels with both classes; NaN if there are none.
-
-    A hint of overfitting, to compare with dev's, not a measurement: images are augmented, and the weights change.
-    Soft targets count as the nearer class.
-    """
-    own = [torch.cat(part).cpu().numpy() for part in zip(*recent, strict=True)]
-    recent.clear()
-    scores, target, mask = (np.concatenate(part) for part in zip(*ranks.list_all(own), strict=True))
-    truth, known = (target >= 0.5).astype(np.float32), mask & (target >= 0)
-    areas = measure_areas(scores, truth, known, np.arange(len(scores))).value
-    defined = areas[~np.isnan(areas)]
-    return float(defined.mean()) if len(defined) else math.nan
 
 
 def save_state(job: Job, state: TrainState) -> None:

@@ -1,5 +1,6 @@
-"""The device and its precision; network + batches → scores, in the order of the batches."""
+"""The device and its precision; network + batches → scores, in the order of the batches; the AUROC of recent ones."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from model.augment import normalize
 from model.losses import label_scores
+from model.ranks import Ranks
 from pipeline.base.errors import DataError
 
 
@@ -102,3 +104,22 @@ def predict_scores(
     if not np.isfinite(scores).all():
         raise DivergedError("the network's scores are not finite; train with a lower `lr`, or `amp` off")
     return scores
+
+
+def measure_recent(recent: list[tuple[Tensor, Tensor, Tensor]], ranks: Ranks) -> float:
+    """The mean AUROC of all ranks' batches since the last call, over labels with both classes; NaN if there are none.
+
+    A hint of overfitting, to compare with dev's, not a measurement: images are augmented, and the weights change.
+    Soft targets count as the nearer class.
+    """
+    from torchmetrics.functional.classification import binary_auroc  # here, because it takes seconds to import
+
+    own = [torch.cat(part).cpu() for part in zip(*recent, strict=True)]
+    recent.clear()
+    scores, target, mask = (torch.cat(part) for part in zip(*ranks.list_all(own), strict=True))
+    areas = []
+    # Label by label: torchmetrics gives 0 for a label with one class.
+    for score, truth, known in zip(scores.T, target.T >= 0.5, (mask & (target >= 0)).T, strict=True):
+        if len(truth[known].unique()) == 2:
+            areas.append(binary_auroc(score[known], truth[known].long(), validate_args=False).item())
+    return sum(areas) / len(areas) if areas else math.nan

@@ -35,7 +35,7 @@ from model import ranks
 from model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from model.networks import build_network
 from model.optim import scheduled_lr
-from model.predict import DivergedError, MemoryExhaustedError
+from model.predict import DivergedError, MemoryExhaustedError, measure_recent
 from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
 from model.runs.config import Assessment, Config, read_config
@@ -676,9 +676,9 @@ def test_the_auroc_of_train_is_over_the_batches_since_the_last_check() -> None:
     recent = [(scores[rows], target[rows], mask[rows]) for rows in (slice(50), slice(50, 80))]
     used = (mask & (target >= 0)).T
     expected = [roc_auc_score(target[used[n], n] >= 0.5, scores[used[n], n]) for n in range(2)]
-    assert train.measure_recent(recent, ranks.ALONE) == pytest.approx(np.mean(expected))
+    assert measure_recent(recent, ranks.ALONE) == pytest.approx(np.mean(expected))
     recent.append((scores, target, torch.zeros_like(mask)))
-    assert math.isnan(train.measure_recent(recent, ranks.ALONE))
+    assert math.isnan(measure_recent(recent, ranks.ALONE))
 
 
 def test_a_finished_run_gets_more_epochs(
