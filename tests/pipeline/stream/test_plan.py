@@ -54,6 +54,7 @@ def test_nothing_selected_is_an_epoch_without_steps() -> None:
     assert list(plan_training(select(np.arange(0)), 32, 0, 0)) == []
     order = epoch_order((0, 0), 0, 0)
     assert (order.dtype.name, len(order)) == ("int64", 0)
+    assert len(list(plan_training(IMAGES, 1, 0, 0))) == 360
     thinned = IMAGES.thin(7)
     assert (thinned.rows.tolist(), thinned.shard_sizes) == ([[row] for row in range(0, 360, 7)], [])
 
