@@ -1,7 +1,11 @@
-"""Bad use ends in one line and an exit code, and writes nothing: the table of messages of each command."""
+"""What is typed reaches the commands; bad use ends in one line and an exit code, and writes nothing.
+
+The tables are calls.txt, of make, and refusals.txt, of the messages of each command.
+"""
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,11 +45,43 @@ def test_train_refuses(sample_shards: Shards, tmp_path: Path, line: str) -> None
     assert not (tmp_path / "run").exists()
 
 
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # An environment that is older than the lock is not installed anew amid a test.
+    return start("make", "--no-print-directory", "-o", ".venv/installed", *arguments)
+
+
+@pytest.mark.parametrize("call", (REPOSITORY / "tests" / "calls.txt").read_text().splitlines()[1:])
+def test_settings_reach_the_commands(call: str) -> None:
+    typed, _, expected = call.format(home=Path.home()).partition(" > ")
+    dry = make("-n", *shlex.split(typed))
+    assert dry.returncode == 0
+    lines = dry.stdout.replace("\\\n", " ").splitlines()
+    assert expected in " ".join(f"{' '.join(shlex.split(line))} ;" for line in lines)
+
+
+def test_policies_are_the_shards_own_unless_set_by_hand() -> None:
+    assert "train.py" in make("-n", "train").stdout
+    assert "--uncertain" not in make("-n", "train", "OUT=there", "DATA=here").stdout.split("train.py")[1]
+
+
+def test_data_is_looked_at_again_where_there_are_shards(tmp_path: Path) -> None:
+    """By `pipeline shards`, which refuses those of other data, and leaves finished ones alone."""
+    (tmp_path / "manifest.json").touch()
+    assert "pipeline shards" not in make("-n", "train", f"OUT={tmp_path}").stdout
+    assert f'pipeline shards "here" {tmp_path} ' in make("-n", "train", f"OUT={tmp_path}", "DATA=here").stdout
+
+
+def test_make_alone_lists_targets() -> None:
+    listed = [line.split()[0] for line in make().stdout.splitlines() if line.startswith("  ")]
+    assert listed[:3] == ["help", "setup", "shards"]
+    assert listed[-1] == "clean"
+
+
 @pytest.mark.parametrize("line", read_table("make"))
 def test_make_refuses(tmp_path: Path, line: str) -> None:
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "manifest.json").touch()
     words, code, message = fill(line, out=tmp_path / "out", finished=tmp_path / "finished")
-    failed = start("make", "--no-print-directory", "-o", ".venv/installed", *words)
+    failed = make(*words)
     assert failed.returncode == code
     assert message in failed.stderr.splitlines()[0]
