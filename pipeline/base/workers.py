@@ -31,6 +31,7 @@ _LONGEST_TMPDIR = 75  # bytes
 TICK = 0.2  # seconds between looks at the progress
 _STOP, _SLOTS = 0, 1024  # the first slot is the stop flag, each worker counts in one of the others
 _shared: Any = None  # the slots, in worker processes
+_mine = _STOP  # the slot of this worker, by the number that ends its process name: unique among the living
 
 
 def report_item() -> None:
@@ -41,7 +42,7 @@ def report_item() -> None:
     if _shared is not None:
         if _shared[_STOP]:
             raise CancelledError
-        _shared[_slot()] += 1
+        _shared[_mine] += 1
 
 
 def run_tasks(
@@ -197,8 +198,8 @@ def skip_pandas() -> None:
 
 def _start_worker(slots: Any) -> None:
     skip_pandas()
-    global _shared
-    _shared = slots
+    global _shared, _mine
+    _shared, _mine = slots, 1 + int(multiprocessing.current_process().name.rpartition("-")[2]) % (_SLOTS - 1)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -208,11 +209,6 @@ def _exit_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _slot() -> int:
-    """The slot of this worker, by the number that ends its process name: unique among the living."""
-    return 1 + int(multiprocessing.current_process().name.rpartition("-")[2]) % (_SLOTS - 1)
 
 
 def count_cpus() -> int:
