@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,6 +37,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.base.files import write_table
+from pipeline.etl.planning import Options
 from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from pipeline.policies import make_targets, parse_uncertain_policy
@@ -219,7 +221,7 @@ def write_collection(folder: Path, rows: int) -> None:
     policies = {"uncertain": "best", "blank": "zeros"}
     dataset = {"name": "scaling", "patients": "scaling"}
     pixels = {"mean": 0.0, "std": 1.0}
-    write_manifest(folder, Manifest({}, policies, {}, pixels, {"train": split}, dataset))
+    write_manifest(folder, Manifest(asdict(Options()), policies, {}, pixels, {"train": split}, dataset))
 
 
 def collection(rows: int = 10_000_000) -> None:

@@ -39,6 +39,7 @@ MOST_STUDIES = 100_000  # of a patient
 # Words of the licenses that forbid passing the data on.
 RESTRICTED = ("Credentialed", "Research Use Agreement")
 _FULL = ("key", "patient", "study", "view", *PLACES.names)
+_STATED = {"size", "square", "encoding", "quality", "max_pixels", "bits", "views"}  # options that readers need
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def format_croissant(manifest: Manifest) -> bytes:
     Akhtar et al., arXiv:2403.19546. It names the files and the fields of their samples, but no row of a table. A split
     is two record sets: its images, if their encoding is a common one, and its labels: the JSON of each image.
     """
-    encoding = str(manifest.options.get("encoding", "jpeg"))
+    encoding = str(manifest.options["encoding"])
     kinds = {"labels": ("application/json", "json", "sc:Text")}
     if encoding in ("jpeg", "png"):
         kinds["images"] = (f"image/{encoding}", encoding.replace("jpeg", "jpg"), "sc:ImageObject")
@@ -235,6 +236,7 @@ def read_manifest(folder: Path) -> Manifest:
             _demand(text.isprintable() and len(text) < 1000, "text", text)
         _demand(set(LABELS).issuperset(unannotated), "not_annotated", unannotated)
         options = dict(document["options"].items())
+        _demand(options.keys() >= _STATED, "options", options)
         manifest = Manifest(
             options, policies, sources, pixels, splits, dataset, tuple(rejects), tuple(unannotated), facts
         )

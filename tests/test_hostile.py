@@ -141,7 +141,7 @@ def test_arrow_tables_that_are_none_are_named(shards: Shards) -> None:
 
 
 def test_an_unknown_encoding_is_named(shards: Shards) -> None:
-    write_manifest(shards[0], replace(shards[1], options={"encoding": []}))
+    write_manifest(shards[0], replace(shards[1], options={**shards[1].options, "encoding": []}))
     with pytest.raises(DataError, match=r"manifest.json: encoding '\[\]' is unknown$"):
         verify_shards(shards[0], deep=False, workers=1)
 

@@ -21,13 +21,14 @@ from model.augment import normalize
 from model.fusion import StudyNetwork
 from model.networks import build_network, find_head, load_initial
 from model.predict import explain_memory, to_device
-from model.runs.folder import AS_IT_IS, fuse
+from model.runs.folder import fuse
 from model.runs.job import Job, open_rows, read_batches
 from model.runs.overlap import check_seen
 from model.runs.predictor import EVALUATION_BATCH, Network
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar, say
+from pipeline.images import ImageOptions
 from pipeline.labels import LABELS
 from pipeline.stream.plan import plan_evaluation
 
@@ -39,7 +40,8 @@ def start_network(job: Job) -> Network:
         say(f"{job.start.path}: {load_initial(network, job.start)}")
     network = fuse(network, job.config).to(job.device).to(memory_format=torch.channels_last)
     config, seen = replace(job.config, manifest=""), job.start.seen if job.start else ()
-    return Network(job.run, config, network, job.pixels, AS_IT_IS, seen, {}, None)
+    images = ImageOptions._make(job.manifest.options[name] for name in ImageOptions._fields)
+    return Network(job.run, config, network, job.pixels, images, seen, {}, None)
 
 
 @torch.inference_mode()

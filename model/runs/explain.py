@@ -71,7 +71,7 @@ def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
     member = load_network(job.run, job.config)
     for name in splits:
         check_seen(job, name, member.seen)
-    square, shape = str(job.manifest.options.get("square", "no")), job.config.shape
+    square, shape = str(job.manifest.options["square"]), job.config.shape
     for name in splits:
         split, rows = open_images(job, name)
         facts = split.table.take(rows)

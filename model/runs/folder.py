@@ -39,7 +39,6 @@ from pipeline.stream.cache import redact
 
 PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "simplejpeg", "opencv-python-headless", "pillow")
 Log = Callable[[str, float, int], None]  # name of a curve, value, step
-AS_IT_IS = ImageOptions(size=None, square="no", encoding="png", quality=95, max_pixels=50_000_000)
 
 
 @dataclass
@@ -274,9 +273,7 @@ def describe_code() -> str:
 
 def save_best(job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
     """Write best.pt: everything needed to score images, except the settings in config.json."""
-    # Imported shards do not state how images were prepared: use them unchanged.
-    stated = {name: job.manifest.options[name] for name in AS_IT_IS._fields if name in job.manifest.options}
-    images = AS_IT_IS._asdict() | stated
+    images = {name: job.manifest.options[name] for name in ImageOptions._fields}
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
     about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(seen)}
     about |= {"arch": job.config.arch, "image_size": job.config.image_size, "outputs": name_outputs(job.config)}

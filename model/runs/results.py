@@ -240,7 +240,7 @@ def describe_settings(job: Job, predictor: Predictor) -> dict[str, object]:
         shown = ("labels", "views", "blank")  # others describe the weights only if they were set
         settings = {name: value for name, value in settings.items() if name in shown or value != default[name]}
     if settings["views"] == "all":  # views in the shards, which may have fewer
-        settings["views"] = job.manifest.options.get("views", "all")
+        settings["views"] = job.manifest.options["views"]
     return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
 
 

@@ -76,7 +76,7 @@ def verify_shards(
     Raises DataError only if there is no readable manifest: all other problems are in the report.
     """
     manifest = read_manifest(folder)
-    encoding = str(manifest.options.get("encoding", "jpeg"))
+    encoding = str(manifest.options["encoding"])
     if encoding not in ENCODINGS:
         raise DataError(f"{folder / NAME}: encoding '{encoding}' is unknown")
     problems: dict[str, list[str]] = {}

@@ -99,6 +99,6 @@ def describe_shards(folder: Path) -> tuple[str, list[str], list[str], dict[str, 
     """
     manifest = read_manifest(folder)
     tables = {name: read_table(folder, split) for name, split in manifest.splits.items()}
-    views = describe_views(concat_labels([*tables.values()])) if manifest.options.get("views") == "all" else ""
+    views = describe_views(concat_labels([*tables.values()])) if manifest.options["views"] == "all" else ""
     one_class = find_one_class(tables["train"], manifest.policies) if "train" in tables else []
     return views, one_class, describe_repeats(tables), find_notes(tables.values())

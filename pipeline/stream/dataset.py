@@ -86,7 +86,7 @@ class Shards(Mapping[str, "Selection"]):
             if first.path.resolve() == other.path.resolve():
                 raise DataError(f"{first.name}: given twice")
             for option in SAME:
-                values = [folder.manifest.options.get(option) for folder in (first, other)]
+                values = [folder.manifest.options[option] for folder in (first, other)]
                 if values[0] != values[1]:
                     raise DataError(
                         f"{first.name} and {other.name} differ in {option}: {values[0]} and {values[1]}; shard one of "

@@ -88,7 +88,7 @@ def open_split(
             raise DataError(f"{path}: damaged: {path.stat().st_size} bytes, not {entry.bytes} as in the manifest")
     opened = OpenSplit(
         name,
-        str(manifest.options.get("encoding", "jpeg")),
+        str(manifest.options["encoding"]),
         table,
         tuple(ShardFile(entry, folder, remote) for entry in split.shards),
     )

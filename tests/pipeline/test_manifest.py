@@ -15,6 +15,7 @@ import pytest
 
 from pipeline import DataError, manifest
 from pipeline.base.files import write_table
+from pipeline.etl.planning import Options
 from pipeline.manifest import FACTS, PLACES, Manifest, Shard, Split, read_manifest, read_table
 from tests.conftest import refused
 from tests.layouts import TABLES
@@ -31,7 +32,7 @@ def write(folder: Path, table: pa.Table = TABLE) -> Manifest:
     shards = (Shard("train-000000.tar", 2, 10240, "ab" * 32), Shard("train-000001.tar", 1, 2**63 - 1, "cd" * 32))
     split = Split(3, 3, 0, "train.arrow", write_table(folder / "train.arrow", table), shards)
     written = Manifest(
-        {"encoding": "png", "columns": {"path": "Image"}},
+        asdict(Options(encoding="png")) | {"columns": {"path": "Image"}},
         {"uncertain": "best", "blank": "ignore"},
         {"train": "csv"},
         {"mean": 128.5, "std": 64.0},
@@ -92,7 +93,7 @@ def test_croissant_describes_every_file_and_no_row(tmp_path: Path) -> None:
     assert described.pop("@context").keys() > {"sc", "cr", "recordSet"}
     assert described == json.loads(expected)
     terms = {name: text for name, text in written.dataset.items() if name != "title"}
-    jpeg = json.loads(manifest.format_croissant(replace(written, options={}, dataset=terms)))
+    jpeg = json.loads(manifest.format_croissant(replace(written, options={"encoding": "jpeg"}, dataset=terms)))
     for png, jpg in (("image/png", "image/jpeg"), (".png", ".jpg"), ("A set", "Chest X-rays")):
         expected = expected.replace(png, jpg)
     assert {**jpeg, "@context": None} == json.loads(expected) | {"@context": None}
