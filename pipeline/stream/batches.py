@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from sys import getrefcount
 from threading import Event
 from typing import Any, NamedTuple
 
@@ -273,17 +272,6 @@ def decode(
     """
     pending: deque[Future[tuple[Batch, dict[int, str]]]] = deque()
     reader = Reader(split)
-    memory = [np.empty((0, 1, *shape), np.uint8)]  # the first is never lent
-
-    def find_memory(images: int) -> Gray:
-        """That of a batch that nothing refers to any longer, or new: zeroing its pages takes longer than raw pixels."""
-        counts = list(map(getrefcount, memory))
-        for array, count in zip(memory, counts, strict=True):
-            if count == counts[0] and len(array) >= images:
-                return array[:images]
-        del memory[1 : -4 * threads]
-        memory.append(np.empty((images, 1, *shape), np.uint8))
-        return memory[-1]
 
     def next_result() -> Batch:
         batch, reasons = pending.popleft().result()
@@ -294,7 +282,7 @@ def decode(
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
             for step in steps:
-                pending.append(pool.submit(_decode_batch, step, reader, labels, find_memory(len(step.images))))
+                pending.append(pool.submit(_decode_batch, step, reader, labels, shape))
                 # One batch per thread at work, and as many finished ones waiting.
                 if len(pending) >= 2 * threads:
                     yield next_result()
@@ -311,10 +299,11 @@ def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> t
     return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
 
 
-def _decode_batch(step: Step, reader: Reader, labels: Labels, images: Gray) -> tuple[Batch, dict[int, str]]:
-    """The batch of a step, its `images` filled, and the reason for each bad image, by row."""
+def _decode_batch(step: Step, reader: Reader, labels: Labels, shape: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
+    """The batch of a step, and the reason for each bad image, by row."""
     split, rows = reader.split, step.images
     sample, place = np.nonzero(step.rows >= 0)
+    images = np.empty((len(rows), 1, *shape), np.uint8)
     usable, reasons = np.ones(len(rows), np.bool_), {}
     for position, stored in enumerate(reader.locate(rows)):
         try:

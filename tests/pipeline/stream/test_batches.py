@@ -128,16 +128,6 @@ def test_same_batches_for_any_threads_and_ranks_and_from_any_step(source: Source
         assert_equal([join(parts) for parts in zip(*shares, strict=True)], whole[start:])
 
 
-def test_memory_is_written_over_only_if_nothing_refers_to_it(split: OpenSplit, labels: Labels) -> None:
-    epoch = training(split, labels, batch_size=1, threads=1)
-    whole = [batch.images for batch in epoch]
-    assert len(whole) > 6 > len({batch.images.ctypes.data for batch in epoch})
-    views: list[Callable[[Any], Any]] = [lambda images: images, lambda images: images[0, :, 1:].T, torch.as_tensor]
-    for refer in views:
-        held = [refer(batch.images) for batch in epoch]
-        assert all(map(np.array_equal, held, map(refer, whole)))
-
-
 def test_a_resume_decodes_nothing_of_what_was_done(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(wraps=decode_into)
     monkeypatch.setattr(stream, "decode_into", counted)
