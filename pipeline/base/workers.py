@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from itertools import islice
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 from pipeline.base.errors import FULL, DataError, MachineError, explain_os_error
@@ -131,6 +131,7 @@ def start_server(modules: Sequence[str]) -> None:
     """Start the fork server, which imports these modules for all workers; it may run already."""
     _prepare_sockets()
     multiprocessing.get_context("forkserver").set_forkserver_preload([*modules, "numpy.ma"])  # which Arrow imports late
+    resource_tracker.ensure_running()  # first, as its start unblocks SIGINT
     with _without_interrupts():
         forkserver.ensure_running()
 

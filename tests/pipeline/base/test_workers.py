@@ -86,9 +86,11 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     while len(workers := list(tmp_path.glob("pid-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(workers) == 2
+    pids = [int(path.name.removeprefix("pid-")) for path in workers]
+    blocked = [Path(f"/proc/{pid}/status").read_text().split("SigBlk:")[1].split()[0] for pid in pids]
+    assert all(int(mask, 16) >> signal.SIGINT - 1 & 1 for mask in blocked)  # Ctrl-C reaches the parent alone
     parent.kill()
     parent.wait()
-    pids = [int(path.name.removeprefix("pid-")) for path in workers]
     while any(Path(f"/proc/{pid}/stat").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
