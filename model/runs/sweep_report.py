@@ -29,6 +29,7 @@ NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "b
 METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the checkpoint kept"}
 # As `results.measure_run` names them.
 FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_auroc", "valid_low", "valid_high"]
+FEW = 6  # values of a parameter, at most, that were chosen by hand
 FEW = 6  # values of a parameter, each with a tick
 Plane = Mapping[tuple[Any, Any], Trial]  # by the values of AXES
 Curves = Mapping[int, Sequence[tuple[float, float]]]  # by the trial's number: epoch and AUROC on dev of each evaluation
@@ -153,6 +154,7 @@ def render_sweep(
         errors={trial.number: trial.error for trial in ranked if trial.error},
         done=done,
         parameters={name: NAMES.get(name, name) for name in varying},
+        hints=list(hint_at_edges(done)),
         planes=planes,
         slices=slices,
         notes=METRICS,
@@ -165,6 +167,19 @@ def render_sweep(
 def show_value(value: object) -> str:
     """A parameter's value as users type it."""
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def hint_at_edges(done: Sequence[Trial]) -> Iterator[str]:
+    """A value to try next, for each parameter whose best value is the lowest or highest tried."""
+    for name, best in done[0].parameters.items() if done else ():
+        values = sorted({trial.parameters[name] for trial in done})
+        if name == "seed" or not isinstance(best, (int, float)) or not 1 < len(values) <= FEW:
+            continue
+        for edge, neighbor, which in ((values[0], values[1], "lowest"), (values[-1], values[-2], "highest")):
+            if best == edge and edge and neighbor:
+                further = show_value(float(f"{edge * min(max(edge / neighbor, 0.1), 10):.2g}"))  # a decade at most
+                shown = f"{NAMES.get(name, name)}, {show_value(best)}"
+                yield f"The best {shown}, is the {which} of those tried: try {further}, too."
 
 
 def best_points(trials: Sequence[Trial], metric: str) -> Plane:

@@ -1,6 +1,7 @@
 """The commands that look at labels, images and scores: stats, show, audit, judge."""
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -226,7 +227,9 @@ def audit(given: Auditing) -> int:
         print_audit(report)
         if are_shards:
             words = [word for source in sources for word in ("--shards", source)]
-            say_next("python", "-m", "train", *words, "--run", "RUN")
+            out = [word for word in os.environ.get("MAKEFLAGS", "").split() if word.startswith("OUT=")]
+            by_make = "MAKELEVEL" in os.environ
+            say_next(*(("make", "train", *out) if by_make else ("python", "-m", "train", *words, "--run", "RUN")))
         elif len(sources) == 1 and sources[0].is_dir():
             say_next("pipeline", "shards", sources[0], "shards")
     return 3 if given.strict and report.alarms else 0

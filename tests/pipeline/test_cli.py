@@ -146,8 +146,11 @@ def test_the_same_command_restores_what_verify_finds(chexpert: Path, tmp_path: P
     run("verify", out)
 
 
-def test_each_command_ends_with_the_next_one(chexpert: Path, tmp_path: Path, shards: Shards) -> None:
+def test_each_command_ends_with_the_next_one(
+    chexpert: Path, tmp_path: Path, shards: Shards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = shards
+    monkeypatch.delenv("MAKELEVEL", raising=False)  # of `make test`
     drawn, out = tmp_path / "drawn", tmp_path / "out"
     verify = f"pipeline verify {out} --deep"
     write = ("shards", chexpert, out, "--size", 48, "--dev", 0.3)
@@ -164,3 +167,6 @@ def test_each_command_ends_with_the_next_one(chexpert: Path, tmp_path: Path, sha
         assert run(*words).stderr.splitlines()[-1] == f"next: {then}"
     for data in (("stats", folder, "--format", "json"), ("audit", folder, "--no-images", "--format", "json")):
         assert "next: " not in run(*data).stderr
+    monkeypatch.setenv("MAKELEVEL", "1")
+    monkeypatch.setenv("MAKEFLAGS", f" -- OUT={folder} ARGS=--no-images")
+    assert run("audit", folder, "--no-images").stderr.splitlines()[-1] == f"next: make train OUT={folder}"

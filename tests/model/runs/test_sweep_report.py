@@ -61,6 +61,8 @@ def test_the_page_has_the_best_first_and_valid_beside_it(trials: list[Trial]) ->
     )
     figures = "".join(f"<td>{value}</td>" for value in ("0.840", 9, "0.850", "0.940"))
     assert f'{figures}<td>0.790 <span class="limits">[0.760, 0.820]</span></td>' in body
+    assert "The best learning rate, 0.001, is the highest of those tried: try 0.01, too." in page
+    assert "The best weight decay, 0.01, is the highest of those tried: try 0.1, too." in page  # a decade at most
 
 
 @pytest.mark.parametrize(
