@@ -186,8 +186,8 @@ def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member], wante
             if isinstance(value, dict)
             for inner, cell in value.items()
         }
-        for field, value in (document | nested).items():
-            text = _as_text(value)
+        for written, value in (document | nested).items():
+            field, text = written.encode(errors="replace").decode(), _as_text(value)  # no half of a surrogate pair
             if not isinstance(value, (dict, list)) and fields.setdefault(field, text) != text and field in wanted:
                 raise DataError(f"{name}: .{suffix} has another value of {field} than the members before it")
     return fields
@@ -206,6 +206,8 @@ def _join(samples: pa.Table, source: Source, text: pa.Table, note: Note) -> tupl
     """The samples with the cells of their rows; and what is wrong: no row, or a row of several samples."""
     path, columns = source.csvs[CSV], dict(source.columns)
     column = columns.pop("key")
+    if column not in text.column_names:
+        return samples, [f"{path}: no column {column}; it has {', '.join(text.column_names)}"]
     named = [name for name in text.column_names if name in columns.values() and name != KEY]
     demand_columns(path, text.column_names, [column, *named])
     keys, chosen = samples[KEY].combine_chunks(), text.select(named)

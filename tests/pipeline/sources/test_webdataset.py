@@ -178,6 +178,8 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("id,mrn,cls\n0,A,1\n1,B,0\n")
     options = ("--set", "webdataset", "--columns", "key=id,sex=Sex,age=cls")
     failed = run_pipeline("shards", tmp_path, tmp_path / "out", *options, code=1)
+    listed = run_pipeline("shards", tmp_path, tmp_path / "out", *options[:3], "key=ID", code=1).stderr.splitlines()
+    assert {f"  {tmp_path / 'labels.csv'}: no column ID; it has id, mrn, cls", "  no label is named"} < {*listed}
     assert run_pipeline("stats", tmp_path, code=1).stderr.startswith(
         f"Error: {tmp_path}: 3 samples of .cls, .npy, .jpg, .png"
     )
@@ -203,7 +205,10 @@ def test_all_that_is_missing_is_listed_at_once(tmp_path: Path) -> None:
     [
         ({"cls": b"7"}, "column cls: '7' is not a label state; the column holds '7' (1)"),
         ({"json": b"{"}, ".json: damaged: not JSON: Expecting property name enclosed in double quotes: "),
-        ({"json": b'{"mrn": "\\ud800 x"}'}, "column mrn: '? x' is not a name without spaces, of up to 64 characters"),
+        (
+            {"json": b'{"mrn": "\\ud800 x", "x\\ud800": 1}'},
+            "column mrn: '? x' is not a name without spaces, of up to 64 characters",
+        ),
         ({"json": b" " * (2**20 + 1)}, ".json has 1,048,577 bytes, too many"),
         ({"meta.json": b'{"mrn": "N"}'}, ".meta.json has another value of mrn than the members before it"),
         ({"cls": b""}, "two members .jpg"),
