@@ -145,7 +145,8 @@ def run_command(command: click.Command, context: object = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        _check_memory()
+        if not {"--help", "--version"} & {*sys.argv}:
+            _check_memory()
         sys.exit(command.main(standalone_mode=False, obj=context))
     except click.ClickException as error:
         error.show()

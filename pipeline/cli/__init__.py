@@ -36,7 +36,8 @@ class Menu(click.Group):
             return None
         if COMMANDS[cmd_name][0] == "making":  # no algebra: the threads for it would wait by spinning
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-        if cmd_name == "shards" and "--help" not in sys.argv:  # the workers' imports take as long as its own
+        if cmd_name == "shards" and "--help" not in sys.argv and not ctx.resilient_parsing:
+            # The workers' imports take as long as its own.
             start_server(["pipeline.etl.shards", "pipeline.sources.load"])
         command: click.Command = getattr(import_module(f"pipeline.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         return command
