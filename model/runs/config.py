@@ -109,7 +109,7 @@ class Config:
         f"{', '.join(ARCHITECTURES)}, or timm/NAME for any network of timm.",
         check=check_arch,
         metavar="NAME",
-        shown=f"{ARCH}, or that of --init",
+        shown=f"that of --init, else {ARCH}",
     )
     lr: float = optimization_option(1e-4, "Peak learning rate.", low=0, open=True)
     weight_decay: float = optimization_option(1e-2, "AdamW weight decay.", low=0)
@@ -227,7 +227,7 @@ class Config:
 class Setup:
     """Inputs of a command besides a run's configuration."""
 
-    shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="those of the run; else the folder shards")
+    shards: tuple[str, ...] = data_option((), SHARDS_HELP, shown="shards; to use a run, its own")
     cache: Path = data_option(Path(".cache"), "Cache folder of shards from URLs, shared by all runs.")
     cache_size: int = data_option(
         parse_size("20GB"), "Evict the least recently used shards above this size.", parse=parse_size, shown="20GB"

@@ -29,8 +29,7 @@ NAMES = {"lr": "learning rate", "weight_decay": "weight decay", "batch_size": "b
 METRICS = {"dev": "of the checkpoint kept", "train": "of a part of train, at the checkpoint kept"}
 # As `results.measure_run` names them.
 FIGURES = ["dev_auroc", "same_labels", "dev_same_auroc", "train_auroc", "valid_auroc", "valid_low", "valid_high"]
-FEW = 6  # values of a parameter, at most, that were chosen by hand
-FEW = 6  # values of a parameter, each with a tick
+FEW = 6  # values of a parameter, at most, for each to have a tick, and the best a hint if it is at the edge
 Plane = Mapping[tuple[Any, Any], Trial]  # by the values of AXES
 Curves = Mapping[int, Sequence[tuple[float, float]]]  # by the trial's number: epoch and AUROC on dev of each evaluation
 
@@ -203,7 +202,9 @@ def place(axes: Axes, side: str, values: Sequence[Any], name: str) -> list[float
         getattr(axes, f"set_{side}scale")("symlog", linthresh=lowest, linscale=0.9)
         places = {value: float(value) for value in known}
         known = known if len(known) <= FEW else [known[0], known[len(known) // 2], known[-1]]
-    getattr(axes, f"set_{side}ticks")([places[value] for value in known], map(show_value, known))
+    getattr(axes, f"set_{side}ticks")(
+        [places[value] for value in known], [one if isinstance(one, str) else f"{one:.3g}" for one in known]
+    )
     axes.set(**{f"{side}label": NAMES.get(name, name)})
     return [places[value] for value in values]
 

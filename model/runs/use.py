@@ -112,7 +112,7 @@ def print_run(run: Path) -> None:
     tabulate_verdicts(evaluations[-1]).print()
     name = evaluations[0].best_mean()
     mean = evaluations[0].get("auroc", name)
-    if mean.low is not None and mean.low <= 0.5:
+    if mean.low is not None and mean.low <= 0.5 and not read_config(run).adopted:
         guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
         say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
     echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
@@ -155,7 +155,7 @@ class Prediction:
 
         check_folder(self.out)
         files = find_images(self.images)
-        same = any(self.out.exists() and file.samefile(self.out) for file in files)
+        same = self.out.exists() and any(file.exists() and file.samefile(self.out) for file in files)
         refuse_usage(same, f"--out {self.out} is one of the images")
         return files
 

@@ -102,13 +102,16 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
     The penalty PRIOR / 2 · (slope - 1)² keeps the slope near 1, so that it cannot diverge with few positives; it
     also makes the loss strictly convex, so that its gradient has a single root.
     """
+    scale = float(np.abs(logits).max()) or 1.0  # else the solver stops far from the root if all logits are extreme
+    units = logits / scale
 
     def gradient(fit: Floats) -> tuple[float, float]:
-        error = scipy.special.expit(fit[0] * logits + fit[1]) - truth
-        return float(logits @ error + PRIOR * (fit[0] - 1)), float(error.sum())
+        error = scipy.special.expit(fit[0] * units + fit[1]) - truth
+        return float(units @ error + PRIOR * (fit[0] / scale - 1) / scale), float(error.sum())
 
-    # At slope 0, the loss is not flat, however extreme the logits are.
-    return Fit(*scipy.optimize.root(gradient, (0.0, scipy.special.logit(truth.mean())), tol=1e-12).x.tolist())
+    # At slope 0, the loss is not flat.
+    slope, bias = scipy.optimize.root(gradient, (0.0, scipy.special.logit(truth.mean())), tol=1e-12).x.tolist()
+    return Fit(slope / scale, bias)
 
 
 def apply_calibration(score: Floats, calibration: Calibration) -> Floats:

@@ -189,6 +189,7 @@ def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z)
     def excess(theta: float) -> float:
         return float(abs(theta - auroc) - z * variance(theta) ** 0.5)
 
+    auroc = min(max(auroc, 0.0), 1.0)  # a sum of weights may be a rounding error above 1, where variance is negative
     # Not from the AUROC itself, which has no variance if it is perfect.
     low, high = (
         end if auroc == end else float(scipy.optimize.brentq(excess, auroc + 1e-9 * (end - auroc), end, xtol=1e-15))
@@ -298,6 +299,7 @@ def share_won(score: Floats, truth: Bools, weight: Floats) -> Floats:
     """The share of the other class's weight [n] that each cell is on the right side of, ties counted half."""
     _, place = np.unique(score, return_inverse=True)
     positives, negatives = (np.bincount(place, np.where(side, weight, 0)) for side in (truth, ~truth))
-    below, above = ((np.cumsum(side) - side / 2) / side.sum() for side in (negatives, positives))
+    sums = ((side, np.cumsum(side)) for side in (negatives, positives))
+    below, above = ((cumulated - side / 2) / cumulated[-1] for side, cumulated in sums)
     share: Floats = np.where(truth, below[place], 1 - above[place])
     return share

@@ -37,7 +37,8 @@ def test_predict_keeps_earlier_scores_where_no_image_can_be_read(
     films.mkdir()
     for name in ("a.png", "b.JPG", "c.bmp", "d.BMP", "e.tif", "f"):
         (films / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=f"^none of 2 images can be read; {out} is left as it was$"):
+    (films / "z.png").symlink_to("nowhere")
+    with pytest.raises(DataError, match=f"^none of 3 images can be read; {out} is left as it was$"):
         call_train("predict", "--run", run, "--out", out, films)
     assert out.read_text() == "earlier"
     said = capsys.readouterr().err

@@ -29,9 +29,14 @@ def draw(
     return (1 / (1 + np.exp(-temperature * logits - shift))).astype(np.float32), truth
 
 
-def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_cells() -> None:
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_cells(hard: bool) -> None:
     score, truth = draw(0.7, 1.5, 300)
     logits = np.log(score / (1 - score.astype(float)))
+    if hard:
+        random = np.random.default_rng(5)
+        truth = random.random(200) < 0.5
+        logits = np.where(truth ^ (random.random(200) < 0.08), 36.7, -36.7)
     fit = fit_logistic(logits, truth)
 
     def loss(slope: float, bias: float) -> float:

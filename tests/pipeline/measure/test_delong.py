@@ -101,7 +101,9 @@ def test_patients_with_several_rows_have_obuchowskis_variance(strata: int, sick:
     np.testing.assert_allclose(twice.low, found.low, atol=0.1 if sick else 0.01)
 
 
-@pytest.mark.parametrize(("auroc", "positives", "negatives"), [(0.8, 10, 190), (1.0, 5, 200), (0.03, 4, 4)])
+@pytest.mark.parametrize(
+    ("auroc", "positives", "negatives"), [(0.8, 10, 190), (1.0, 5, 200), (1 + 2**-52, 5, 200), (0.03, 4, 4)]
+)
 def test_limits_solve_newcombes_equation(auroc: float, positives: int, negatives: int) -> None:
     def distance(theta: float) -> float:
         half = (positives + negatives) / 2 - 1
@@ -109,7 +111,7 @@ def test_limits_solve_newcombes_equation(auroc: float, positives: int, negatives
         return (theta - auroc) ** 2 - 1.3 * Z**2 * variance / (positives * negatives)
 
     low, high = score_limits(auroc, lambda theta: 1.3 * score_variance(theta, positives, negatives))
-    expected = [brentq(distance, 1e-9, auroc - 1e-9), 1 if auroc == 1 else brentq(distance, auroc, 1 - 1e-9)]
+    expected = [brentq(distance, 1e-9, auroc - 1e-9), 1 if auroc >= 1 else brentq(distance, auroc, 1 - 1e-9)]
     assert [low, high] == pytest.approx(expected, abs=1e-7)
 
 
