@@ -44,7 +44,7 @@ def disturb(command: list[str], out: Path, shards: int, round_: Round) -> None:
             time.sleep(0.002)
         time.sleep(dice.choice([0, 0.1]) * dice.random())
         number, workers = dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), []
-        is_begun = (out / ".partial").exists()
+        is_begun = len(list(out.glob("*.tar"))) > before  # before that, a signal ends Python as it starts
         if number == signal.SIGKILL and dice.random() < 0.5:
             workers = descendants(process.pid)
         victim = dice.choice(workers or [process.pid])
