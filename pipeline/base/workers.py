@@ -162,7 +162,14 @@ def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[P
         yield pool, slots
     finally:
         slots[_STOP] = 1
-        pool.shutdown(cancel_futures=True)
+        processes = [*(pool._processes or {}).values()]
+        pool.shutdown(wait=False, cancel_futures=True)
+        while alive := [process for process in processes if process.is_alive()]:
+            multiprocessing.connection.wait([process.sentinel for process in alive], TICK)
+            if any(process.exitcode for process in processes):  # killed, maybe with a lock that the others wait for
+                for process in alive:
+                    process.kill()
+        pool.shutdown()
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
