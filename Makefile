@@ -112,7 +112,7 @@ test-cluster: .venv-s3/installed  ## work with several processes and hosts, and 
 	SWIFT_BIN=.venv-s3/bin $(PYTEST) -m cluster
 docs-check:  ## run the blocks of the pages that take longer
 	$(PYTEST) -m docs
-soak:  ## the slow tests; MINUTES more, kill ETL, trainer, sweep, ranks, Dask by options drawn from SEED
+soak:  ## run the slow tests, then kill processes at random for MINUTES, by SEED
 	SOAK_MINUTES=$(MINUTES) SOAK_SEED=$(or $(SEED),$(shell date +%s)) $(PARALLEL) -m soak
 fuzz: .venv-fuzz/installed  ## feed damaged files to every reader, FUZZ_SECONDS each (Atheris)
 	PYTHONPATH=.:.venv-fuzz $(BIN)/python tests/fuzz.py

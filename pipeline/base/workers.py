@@ -150,7 +150,7 @@ def _without_interrupts() -> Iterator[None]:
 def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     package = function.__module__.partition(".")[0]
     try:
-        # The modules of its parent, for all workers.
+        # All that this process has imported of ours, so that no worker imports it again.
         start_server([name for name in sys.modules if name.partition(".")[0] == package])
         context = multiprocessing.get_context("forkserver")
         slots = context.RawArray("q", _SLOTS)
@@ -166,7 +166,7 @@ def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[P
         pool.shutdown(wait=False, cancel_futures=True)
         while alive := [process for process in processes if process.is_alive()]:
             multiprocessing.connection.wait([process.sentinel for process in alive], TICK)
-            if any(process.exitcode for process in processes):  # killed, maybe with a lock that the others wait for
+            if any(process.exitcode for process in processes):  # killed, maybe with a lock: the others wait forever
                 for process in alive:
                     process.kill()
         pool.shutdown()

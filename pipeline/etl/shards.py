@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.base.errors import DataError, describe_difference
-from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, sync_folder, write_csv, write_json
+from pipeline.base.files import claimed, hash_file, read_object, remove_temporaries, sync_folder, write_json
 from pipeline.base.options import option
 from pipeline.base.store import check_access, is_remote, list_files, make_folder, named_failures, remove_folder
 from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
@@ -33,6 +33,7 @@ from pipeline.etl.writing import (
     finish,
     index_split,
     is_intact,
+    write_rejects,
     write_shard,
 )
 from pipeline.manifest import CROISSANT, NAME, Manifest, read_manifest, write_manifest
@@ -239,7 +240,7 @@ def _write_tasks(
             if how.scheduler is not None:
                 tick(done)
             if len(rejects) > how.max_bad * total:
-                write_csv(partial / REJECTS, [Reject._fields, *sorted(rejects)])
+                write_rejects(partial, rejects)
                 raise DataError(
                     f"{len(rejects)} of {total:,} images cannot be used, more than `max_bad` {how.max_bad:.2%}; "
                     f"{partial / REJECTS} lists them; the first: {rejects[0].file}: {rejects[0].reason}"

@@ -6,7 +6,7 @@ the run was killed and started again.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -70,6 +70,11 @@ class Reject(NamedTuple):
     key: str
     file: str
     reason: str
+
+
+def write_rejects(folder: Path, rejects: Iterable[Reject]) -> None:
+    """List the images that did not get into their shards in the folder's rejects.csv."""
+    write_csv(folder / REJECTS, [Reject._fields, *sorted(rejects)])
 
 
 class ShardRecord(NamedTuple):
@@ -200,7 +205,7 @@ def finish(task: tuple[Run, Plan]) -> Manifest:
     indexes = {split: index_split((run, plan, split)) for split in plan.rows}
     rejects = [reject for index in indexes.values() for reject in index.rejects]
     if rejects:
-        write_csv(run.out / REJECTS, [Reject._fields, *sorted(rejects)])
+        write_rejects(run.out, rejects)
     else:
         (run.out / REJECTS).unlink(missing_ok=True)
     measured = indexes.get("train", next(iter(indexes.values())))

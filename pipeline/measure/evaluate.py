@@ -257,8 +257,8 @@ def _add_group(
     for cells, counts in zip(label_cells(names, *rows[:4]), measured.count_cells(), strict=True):
         name, score, truth, patient = cells
         threshold = next(iter(fits[name]["thresholds"].values()), None)  # Youden's, which comes first, or the user's
-        called, owner = score[truth] >= (threshold or 0), patient[truth]
-        called, owner = (called, owner) if threshold is not None else (called[:0], owner[:0])
+        positive = truth & (threshold is not None)
+        called, owner = score[positive] >= (threshold or 0), patient[positive]
         evaluation.add(level, name, "auroc", group=group, **combine(measured, weigh_labels(names, [name])), **counts)
         evaluation.add(level, name, "tpr", group=group, **measure_share(called, owner), **counts)
         yield name, called, owner
