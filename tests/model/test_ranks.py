@@ -187,8 +187,7 @@ def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, ro
         assert f"{run}: finished, after step " in again.stderr
         # What the ranks scored together is what one process finds.
         scores = open_scores(run / "scores-valid.arrow").values
-        evaluate = start(0, "train.py", "evaluate", *options[: options.index("--arch")], "--run", run)
-        code, said = finish(evaluate)
+        code, said = finish(start(0, "train.py", "evaluate", "--run", run))
         assert code == 0, said
         np.testing.assert_allclose(scores, open_scores(run / "scores-valid.arrow").values, atol=1e-6)
 
