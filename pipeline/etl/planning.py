@@ -73,7 +73,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Run:
+class Request:
     """The shards to write into `out`; `sources` are the hashes of the tables. It is pickled for worker processes."""
 
     out: Path
@@ -109,15 +109,15 @@ class Plan(NamedTuple):
     notes: tuple[str, ...]
 
 
-def write_plan(run: Run) -> Plan:
+def write_plan(request: Request) -> Plan:
     """Write the plan of every split. Raises DataError as `read_splits` does, and for anything that `strict` rejects."""
-    options, rows = run.options, dict[str, list[int]]()
-    tables, _, notes = options.read_splits(run.source)
-    if run.strict and "train" in tables and (one_class := find_one_class(tables["train"], run.policies)):
+    options, rows = request.options, dict[str, list[int]]()
+    tables, _, notes = options.read_splits(request.source)
+    if request.strict and "train" in tables and (one_class := find_one_class(tables["train"], request.policies)):
         raise DataError(f"`strict`: {'; '.join(one_class)}; choose other policies")
     for split, table in tables.items():
         parts = divide_rows(table.combine_chunks(), options.samples_per_shard, options.views)
-        with atomic_file(run.partial / f"{split}.plan") as file, pa.ipc.new_file(file, table.schema) as writer:
+        with atomic_file(request.partial / f"{split}.plan") as file, pa.ipc.new_file(file, table.schema) as writer:
             rows[split] = []
             for part in parts:
                 writer.write_table(part)

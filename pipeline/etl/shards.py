@@ -22,7 +22,7 @@ from pipeline.base.options import option
 from pipeline.base.store import check_access, is_remote, list_files, make_folder, named_failures, remove_folder
 from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
 from pipeline.etl.cluster import run_on_cluster
-from pipeline.etl.planning import PARTIAL, Options, Run, write_plan
+from pipeline.etl.planning import PARTIAL, Options, Request, write_plan
 from pipeline.etl.writing import (
     CHANGED,
     REJECTS,
@@ -40,7 +40,7 @@ from pipeline.manifest import CROISSANT, NAME, Manifest, read_manifest, write_ma
 from pipeline.sources.rows import MISSING, find_missing
 from pipeline.sources.source import Source
 
-STARTED = "options.json"  # in PARTIAL: the run's request
+STARTED = "options.json"  # in PARTIAL: the request
 POLICIES = {"uncertain": "best", "blank": "zeros"}  # if none are given
 
 
@@ -87,19 +87,19 @@ def write_shards(
     named_files = source.csvs | {f"facts-{number}": path for number, path in enumerate(source.facts, 1)}
     hashes = {name: hash_file(path) for name, path in named_files.items()}
     with named_failures(out, "cannot be written"):
-        run = Run(out, source, options, _choose_policies(out, policies), hashes, how.strict)
-        manifest, damaged = _read_finished(run, how.workers)
+        request = Request(out, source, options, _choose_policies(out, policies), hashes, how.strict)
+        manifest, damaged = _read_finished(request, how.workers)
         if manifest is None or damaged:
             make_folder(out)
             with nullcontext() if is_remote(out) else claimed(out):
                 # Look again: another process may have finished them before it released the folder.
-                manifest, damaged = _read_finished(run, how.workers)
+                manifest, damaged = _read_finished(request, how.workers)
                 try:
                     if manifest is None or damaged:
-                        return _converge(run, manifest, damaged, how, progress)
+                        return _converge(request, manifest, damaged, how, progress)
                 finally:
                     if not is_remote(out):
-                        remove_temporaries(run.partial)
+                        remove_temporaries(request.partial)
         return RunSummary(manifest, False)
 
 
@@ -118,20 +118,20 @@ def _read_started(partial: Path) -> dict[str, dict[str, object]] | None:
         return None
 
 
-def _read_finished(run: Run, workers: int) -> tuple[Manifest | None, list[str]]:
+def _read_finished(request: Request, workers: int) -> tuple[Manifest | None, list[str]]:
     """The manifest, if there is one, and the files that are missing or do not match its hashes.
 
     Raises DataError if its options, policies or CSVs differ.
     """
-    if not (run.out / NAME).exists():
+    if not (request.out / NAME).exists():
         return None, []
-    manifest = read_manifest(run.out)
-    _refuse_difference(run.out, {name: getattr(manifest, name) for name in run.wanted}, run.wanted)
+    manifest = read_manifest(request.out)
+    _refuse_difference(request.out, {name: getattr(manifest, name) for name in request.wanted}, request.wanted)
     files = manifest.files()
-    intact = run_threads(lambda name: is_intact(run.out / name, files[name]), list(files), workers)
+    intact = run_threads(lambda name: is_intact(request.out / name, files[name]), list(files), workers)
     damaged = sorted(name for name, matches in zip(files, intact, strict=True) if not matches)
     if not damaged:
-        remove_folder(run.partial)  # of a run that was killed at its very end
+        remove_folder(request.partial)  # of a run that was killed at its very end
     return manifest, damaged
 
 
@@ -150,31 +150,31 @@ def _refuse_difference(
 
 
 def _converge(
-    run: Run, manifest: Manifest | None, damaged: Collection[str], how: Execution, progress: Progress
+    request: Request, manifest: Manifest | None, damaged: Collection[str], how: Execution, progress: Progress
 ) -> RunSummary:
     """Plan, write missing shards, and finish; if there is a manifest, rewrite damaged shards only.
 
     Raises DataError if the source no longer gives the bytes that the manifest records.
     """
-    before = _read_started(run.partial)
-    starts = manifest is None and before != run.started
+    before = _read_started(request.partial)
+    starts = manifest is None and before != request.started
     if starts:
         # A run that has written no shard yet may be started anew with other options.
-        if before is not None and any(path.suffix == ".tar" for path in list_files(run.out)):
-            _refuse_difference(run.out, before, run.started)
-        remove_folder(run.partial)
-    make_folder(run.partial)
-    plan = run_alone(write_plan, run, f"planning {run.out}")
+        if before is not None and any(path.suffix == ".tar" for path in list_files(request.out)):
+            _refuse_difference(request.out, before, request.started)
+        remove_folder(request.partial)
+    make_folder(request.partial)
+    plan = run_alone(write_plan, request, f"planning {request.out}")
     hashes = manifest.files() if manifest else {}
-    tasks = [ShardTask(run, split, number) for split, rows in plan.rows.items() for number in range(len(rows))]
+    tasks = [ShardTask(request, split, number) for split, rows in plan.rows.items() for number in range(len(rows))]
     tasks = [task._replace(sha256=hashes.get(task.path.name)) for task in tasks]
     if starts:
         _refuse_others(
-            run.out, {REJECTS, CROISSANT, *(f"{split}.arrow" for split in plan.rows), *(t.path.name for t in tasks)}
+            request.out, {REJECTS, CROISSANT, *(f"{split}.arrow" for split in plan.rows), *(t.path.name for t in tasks)}
         )
-    write_json(run.partial / STARTED, run.started)
-    sync_folder(run.partial)  # before the first shard, which would be nobody's without it
-    sync_folder(run.out)
+    write_json(request.partial / STARTED, request.started)
+    sync_folder(request.partial)  # before the first shard, which would be nobody's without it
+    sync_folder(request.out)
     # A table needs the records of all shards of its split.
     splits = [name for name in plan.rows if manifest is None or manifest.splits[name].table in damaged]
     needed = [task for task in tasks if task.split in splits or task.path.name in damaged]
@@ -184,17 +184,17 @@ def _converge(
     rows = sum(plan.rows[task.split][task.number] for task in unfinished)
     finished = [record for record in records if record is not None]
     resumed = sum(record.shard.samples for record in finished)
-    finished += _write_tasks(run.partial, unfinished, how, progress, total - rows, total)
-    step = f"writing the tables of {run.out}"
+    finished += _write_tasks(request.partial, unfinished, how, progress, total - rows, total)
+    step = f"writing the tables of {request.out}"
     if manifest is None:
-        manifest = run_alone(finish, (run, plan), step)
+        manifest = run_alone(finish, (request, plan), step)
     else:
         for split in splits:
-            index = run_alone(index_split, (run, plan, split), step)
+            index = run_alone(index_split, (request, plan, split), step)
             if index.entry != manifest.splits[split]:
-                raise DataError(f"{run.out / index.entry.table}: {CHANGED}")
-        write_manifest(run.out, manifest)
-    remove_folder(run.partial)
+                raise DataError(f"{request.out / index.entry.table}: {CHANGED}")
+        write_manifest(request.out, manifest)
+    remove_folder(request.partial)
     bytes_in, stripped = (sum(s.bytes_in for s in finished), sum(s.stripped for s in finished))
     return RunSummary(manifest, not damaged, bytes_in, stripped, resumed, plan.notes, tuple(damaged))
 

@@ -28,7 +28,7 @@ from pipeline.base.files import (
 from pipeline.base.store import read_bytes
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
-from pipeline.etl.planning import Plan, Run, read_planned
+from pipeline.etl.planning import Plan, Request, read_planned
 from pipeline.images import ENCODINGS, ImageError, Original, gray_statistics, prepare
 from pipeline.labels import LABELS, count_rows, find_unannotated
 from pipeline.manifest import PLACES, Manifest, Shard, Split, checksum, name_facts, write_manifest
@@ -44,7 +44,7 @@ _FACTS = ("key", "patient", "study", "view", "sex", "age", "projection")
 class ShardTask(NamedTuple):
     """One shard to write; `sha256` is the tar's required hash if it restores a finished one."""
 
-    run: Run
+    request: Request
     split: str
     number: int
     sha256: str | None = None
@@ -52,12 +52,12 @@ class ShardTask(NamedTuple):
     @property
     def path(self) -> Path:
         """The tar."""
-        return self.run.out / f"{self.split}-{self.number:06d}.tar"
+        return self.request.out / f"{self.split}-{self.number:06d}.tar"
 
     @property
     def record(self) -> Path:
         """The sha256 of what follows, and the table of its rows with its `ShardRecord`; written after the tar."""
-        return self.run.partial / f"{self.path.stem}.arrow"
+        return self.request.partial / f"{self.path.stem}.arrow"
 
     def __str__(self) -> str:
         return str(self.path)
@@ -146,8 +146,8 @@ def is_intact(path: Path, sha256: str) -> bool:
 
 def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardRecord, pa.Table]:
     """Write the members; returns the record, and the rows that were kept, with their places and originals."""
-    batch = read_planned(task.run.partial, task.split, task.number)
-    rows, options = batch.to_pylist(), task.run.options.image
+    batch = read_planned(task.request.partial, task.split, task.number)
+    rows, options = batch.to_pylist(), task.request.options.image
     sha256 = hashlib.sha256()
     position = bytes_in = stripped = 0
     kept, places, notes = [], [], []
@@ -163,7 +163,7 @@ def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardRecord, pa.Table]:
 
     # All at once: between two images, the codec has driven this code out of the processor's caches.
     documents = [tar_member(f"{row['key']}.json", _sample_json(row)) for row in rows]
-    contents = read_images([row["file"] for row in rows], task.run.source.roots)
+    contents = read_images([row["file"] for row in rows], task.request.source.roots)
     for row, document, content in zip(rows, documents, contents, strict=True):
         try:
             if isinstance(content, ImageError):
@@ -199,41 +199,41 @@ def _sample_json(row: Mapping[str, object]) -> bytes:
     return json.dumps({name: row[name] for name in _FACTS} | {"labels": labels}).encode()
 
 
-def finish(task: tuple[Run, Plan]) -> Manifest:
+def finish(task: tuple[Request, Plan]) -> Manifest:
     """Write the Arrow tables, rejects.csv if there are any, and the manifest."""
-    run, plan = task
-    indexes = {split: index_split((run, plan, split)) for split in plan.rows}
+    request, plan = task
+    indexes = {split: index_split((request, plan, split)) for split in plan.rows}
     rejects = [reject for index in indexes.values() for reject in index.rejects]
     if rejects:
-        write_rejects(run.out, rejects)
+        write_rejects(request.out, rejects)
     else:
-        (run.out / REJECTS).unlink(missing_ok=True)
+        (request.out / REJECTS).unlink(missing_ok=True)
     measured = indexes.get("train", next(iter(indexes.values())))
     manifest = Manifest(
-        options=run.wanted["options"],
-        policies=run.policies,
-        sources=run.sources,
+        options=request.wanted["options"],
+        policies=request.policies,
+        sources=request.sources,
         pixels=gray_statistics(measured.levels),
         splits={split: index.entry for split, index in indexes.items()},
         rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
-        dataset=find_terms(run.source)._asdict(),
+        dataset=find_terms(request.source)._asdict(),
         not_annotated=tuple(
             label for label in LABELS if all(label in index.not_annotated for index in indexes.values())
         ),
         facts=measured.facts,
     )
-    write_manifest(run.out, manifest)
+    write_manifest(request.out, manifest)
     return manifest
 
 
-def index_split(task: tuple[Run, Plan, str]) -> Index:
+def index_split(task: tuple[Request, Plan, str]) -> Index:
     """Write `<split>.arrow`: the rows that were kept, without paths, plus each image's position and original facts."""
-    run, plan, split = task
-    parts = [read_record(ShardTask(run, split, number).record) for number in range(len(plan.rows[split]))]
+    request, plan, split = task
+    parts = [read_record(ShardTask(request, split, number).record) for number in range(len(plan.rows[split]))]
     samples = pa.concat_tables(table for _, table in parts)
     if samples["note"].null_count == len(samples):
         samples = samples.drop_columns(["note"])
-    digest = write_table(run.out / f"{split}.arrow", samples)
+    digest = write_table(request.out / f"{split}.arrow", samples)
     shards = tuple(record.shard for record, _ in parts)
     entry = Split(**count_rows(samples), table=f"{split}.arrow", table_sha256=digest, shards=shards)
     levels = np.array([record.levels for record, _ in parts], np.int64).sum(axis=0)
