@@ -70,17 +70,17 @@ from model.runs.config import (
 from model.runs.folder import (
     Log,
     TrainState,
+    begin_run,
     describe_software,
     fuse,
     open_events,
-    open_run,
     record_environment,
     save_best,
 )
-from model.runs.job import Job, TrainingData, no_choice, open_training, read_batches
 from model.runs.overlap import Seen, list_seen
 from model.runs.predictor import forget_calibration, score_split
 from model.runs.results import choice_score, finish_run
+from model.runs.run import Data, Run, no_choice, open_training, read_batches
 from pipeline.base.errors import DataError
 from pipeline.base.files import claimed, sync_folder, write_atomically
 from pipeline.console import progress_bar, say, say_once, show_left
@@ -99,37 +99,37 @@ SAVE_SECONDS = 300.0  # a killed run loses little more work than this
 # The run: settings, data, network, loop
 
 
-def train(job: Job) -> None:
+def train(run: Run) -> None:
     """Train to the end, or resume the run. Raises DataError for unusable input, and Stopped."""
     # Each rank computes this from a separate copy of the shards and the code; nothing is exchanged.
-    job.ranks.compare({"shards": job.shards.digest} | asdict(job.config) | describe_software(job))
-    seen = list_seen(job, ("train", "dev"))
-    data = open_training(job)
-    state = start_state(job, data, seen)
+    run.ranks.compare({"shards": run.shards.digest} | asdict(run.config) | describe_software(run))
+    seen = list_seen(run, ("train", "dev"))
+    data = open_training(run)
+    state = start_state(run, data, seen)
     with contextlib.ExitStack() as stack:
-        if job.ranks.is_first:
-            job.run.mkdir(parents=True, exist_ok=True)  # only now: a run that fails to start leaves no folder
-            stack.enter_context(claimed(job.run))
-            job = replace(job, config=open_run(job.run, job.config, data.steps))
-            record_environment(job)
-        start = job.start.path if job.start else "its published weights" if job.config.pretrained else "random weights"
-        together = f", {job.ranks.count} ranks" if job.ranks.joined else ""
-        say(f"{job.config.arch} from {start} on {job.device.type}, {state.precision}{together}")
-        if not resume(job, state, data.steps):
-            train_epochs(job, state, data)
+        if run.ranks.is_first:
+            run.folder.mkdir(parents=True, exist_ok=True)  # only now: a run that fails to start leaves no folder
+            stack.enter_context(claimed(run.folder))
+            run = replace(run, config=begin_run(run.folder, run.config, data.steps))
+            record_environment(run)
+        start = run.start.path if run.start else "its published weights" if run.config.pretrained else "random weights"
+        together = f", {run.ranks.count} ranks" if run.ranks.joined else ""
+        say(f"{run.config.arch} from {start} on {run.device.type}, {state.precision}{together}")
+        if not resume(run, state, data.steps):
+            train_epochs(run, state, data)
 
 
-def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
+def start_state(run: Run, data: Data, seen: Seen = ()) -> TrainState:
     """The state before the first step: network, loss, average and optimizer."""
-    config = job.config
+    config = run.config
     torch.manual_seed(config.seed)
     outputs = name_outputs(config)
     network = build_network(config.arch, len(outputs), config.shape, bool(config.pretrained))
-    if job.start is not None:
-        say(f"{job.start.path}: {load_initial(network, job.start, outputs)}")
+    if run.start is not None:
+        say(f"{run.start.path}: {load_initial(network, run.start, outputs)}")
     if config.freeze:
         freeze(network)
-    network = fuse(network, config).to(job.device).to(memory_format=torch.channels_last)
+    network = fuse(network, config).to(run.device).to(memory_format=torch.channels_last)
     target, mask = (torch.from_numpy(array[data.train.rows]) for array in data.labels)
     loss: nn.Module
     if config.loss == "aucm":
@@ -138,61 +138,61 @@ def start_state(job: Job, data: TrainingData, seen: Seen = ()) -> TrainState:
         weights = positive_weights(target, mask) if config.pos_weight else None
         loss = MaskedLoss(three_class_columns(config), weights)
     # From here on, all ranks have the first rank's weights. Evaluations use the average, which begins as a copy.
-    forward = job.ranks.average_gradients(network, config.sync_bn)
+    forward = run.ranks.average_gradients(network, config.sync_bn)
     return TrainState(
         network,
-        loss.to(job.device),
+        loss.to(run.device),
         copy.deepcopy(network).requires_grad_(False),
         build_optimizer(network, config.lr, config.weight_decay, config.layer_decay),
-        torch.amp.GradScaler(job.device.type, enabled=job.precision == torch.float16),
-        str(job.precision).removeprefix("torch."),
-        job.ranks.count,
+        torch.amp.GradScaler(run.device.type, enabled=run.precision == torch.float16),
+        str(run.precision).removeprefix("torch."),
+        run.ranks.count,
         torch.compile(forward) if config.compile else forward,
         data.train.bad,
         seen,
     )
 
 
-def resume(job: Job, state: TrainState, steps: int) -> bool:
+def resume(run: Run, state: TrainState, steps: int) -> bool:
     """Resume from last.pt, if it exists; returns whether nothing is left to do. `steps` is the number per epoch."""
-    run, total = job.run, job.config.epochs * steps
-    if not job.ranks.first((run / "last.pt").exists()):
-        if job.ranks.is_first:
-            forget_calibration(run)  # from training whose last.pt was removed
+    folder, total = run.folder, run.config.epochs * steps
+    if not run.ranks.first((folder / "last.pt").exists()):
+        if run.ranks.is_first:
+            forget_calibration(folder)  # from training whose last.pt was removed
         return False
-    state.restore(run / "last.pt", job.ranks)
-    if state.done < total and not is_out_of_patience(job.config, state):
-        say(f"{run}: continuing after step {state.done:,} of {total:,}")
+    state.restore(folder / "last.pt", run.ranks)
+    if state.done < total and not is_out_of_patience(run.config, state):
+        say(f"{folder}: continuing after step {state.done:,} of {total:,}")
         return False
-    say_finished(run, state.done)
-    return job.ranks.first(is_reported(run))
+    say_finished(folder, state.done)
+    return run.ranks.first(is_reported(folder))
 
 
-def train_epochs(job: Job, state: TrainState, data: TrainingData) -> None:
+def train_epochs(run: Run, state: TrainState, data: Data) -> None:
     """Alternate training and evaluation from step `state.done` on, then report. Raises Stopped after saving."""
-    config, steps = job.config, data.steps
+    config, steps = run.config, data.steps
     total, every = config.epochs * steps, config.eval_every or steps
     began, resumed = time.perf_counter(), state.done
-    with open_events(job, state.done) as log:
+    with open_events(run, state.done) as log:
         try:
             while True:
                 # First, because a stop may have interrupted the evaluation.
                 due = state.done % steps == 0 or state.done % steps % every == 0
                 if due and state.evaluated < state.done:
-                    line = evaluate_state(job, state, data, log)
+                    line = evaluate_state(run, state, data, log)
                     pace = (time.perf_counter() - began) / max(state.done - resumed, 1)  # including the scoring
                     say(line + show_left(pace * (total - state.done)))
-                    save_state(job, state)
+                    save_state(run, state)
                 if state.done == total or is_out_of_patience(config, state):
                     break
                 epoch, step = divmod(state.done, steps)
-                train_steps(job, state, data, epoch * steps + min(steps, (step // every + 1) * every), log)
-            evaluations = finish_run(job)
+                train_steps(run, state, data, epoch * steps + min(steps, (step // every + 1) * every), log)
+            evaluations = finish_run(run)
         except Stopped:
             if state.done > state.evaluated:  # else last.pt is complete, and reporting has used random numbers
-                check_losses(job, state, steps)  # since the last check
-                save_state(job, state)
-            say(f"{job.run}: stopped and saved; the same command continues")
+                check_losses(run, state, steps)  # since the last check
+                save_state(run, state)
+            say(f"{run.folder}: stopped and saved; the same command continues")
             raise
         if valid := evaluations.get("valid"):  # best.pt, once: not used for any choice
             aurocs = {name: valid.get("auroc", name).value for name in valid.labels}
@@ -203,14 +203,14 @@ def train_epochs(job: Job, state: TrainState, data: TrainingData) -> None:
 # Steps
 
 
-def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: Log) -> None:
+def train_steps(run: Run, state: TrainState, data: Data, end: int, log: Log) -> None:
     """Train up to step `end`, in the same epoch. Raises Stopped between steps.
 
     Raises DivergedError, with the step, if a loss or gradient is not finite.
     """
-    config, steps = job.config, data.steps
+    config, steps = run.config, data.steps
     epoch, first = divmod(state.done, steps)
-    batches = stream_epoch(job, data, epoch)
+    batches = stream_epoch(run, data, epoch)
     batches.load_state_dict({"step": first})
     iterator = iter(batches)
     begin_training(state.network)
@@ -222,44 +222,44 @@ def train_steps(job: Job, state: TrainState, data: TrainingData, end: int, log: 
             batch = next(iterator)
             waited += time.perf_counter() - asked
             # A rank's loss is weighted by the share of these cells in its slice.
-            (cells,) = job.ranks.agree(batch.mask.sum())
+            (cells,) = run.ranks.agree(batch.mask.sum())
             lr = scheduled_lr(config.lr, state.done, config.epochs * steps)
             set_lr(state.optimizer, lr)
-            with explain_memory(*describe_step(config, job.ranks)):
-                state.losses.append(train_step(job, state, batch, cells))
-            images += len(batch.images) * job.ranks.count
+            with explain_memory(*describe_step(config, run.ranks)):
+                state.losses.append(train_step(run, state, batch, cells))
+            images += len(batch.images) * run.ranks.count
             state.done += 1
             if state.done % steps % CHECK_STEPS == 0 or state.done == end:
-                loss = check_losses(job, state, steps)
+                loss = check_losses(run, state, steps)
                 now = time.perf_counter()
                 rate, wait = images / (now - start), waited / (now - start)
                 curves = {"loss": loss, "lr": lr, "images_per_s": rate, "data_wait": wait}
-                curves["macro_auroc"] = measure_recent(state.recent, job.ranks)
+                curves["macro_auroc"] = measure_recent(state.recent, run.ranks)
                 for name, value in curves.items():
                     log(f"train/{name}", value, state.done)
                 note = f"loss {loss:.4f}  {rate:,.0f} images/s  data wait {wait:.0%}"
                 advance(state.done - epoch * steps, steps, note)
                 if now - saved > SAVE_SECONDS:
-                    save_state(job, state)
+                    save_state(run, state)
                     saved = now
 
 
-def stream_epoch(job: Job, data: TrainingData, epoch: int) -> BatchStream:
+def stream_epoch(run: Run, data: Data, epoch: int) -> BatchStream:
     """Slices of an epoch's batches, for this rank."""
-    config, ranks = job.config, job.ranks
+    config, ranks = run.config, run.ranks
     order = (data.train.samples, config.batch_size, config.seed, epoch)
     plan = partial(plan_training, *order, weights=data.weights, rank=ranks.rank, ranks=ranks.count)
-    return read_batches(job, data.train, data.labels, plan)
+    return read_batches(run, data.train, data.labels, plan)
 
 
-def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tensor:
+def train_step(run: Run, state: TrainState, batch: Batch, cells: float) -> Tensor:
     """One update of the weights; returns this rank's part of the loss and the norm of the whole batch's gradient, [2].
 
     The device may still be computing both. The norm is 0 for a step that the scaler skips: in half precision, with
     too large a factor, gradients that are not finite are expected, and never reach the weights.
     `cells` is how many cells of the mask are set in the whole batch, of which `batch` is this rank's slice.
     """
-    config, device, ranks = job.config, job.device, job.ranks
+    config, device, ranks = run.config, run.device, run.ranks
     state.optimizer.zero_grad()
     total = torch.zeros((), device=device)
     # In parts, if a batch does not fit in memory: weighting parts by their cells gives the gradients of the batch.
@@ -267,10 +267,10 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
     size = samples // config.accumulate
     for start in range(0, samples, size):
         part = batch.part(start, start + size)
-        inputs = training_inputs(job, part, ranks.rank * samples + start, ranks.count * samples)
+        inputs = training_inputs(run, part, ranks.rank * samples + start, ranks.count * samples)
         target, mask = (to_device(array, device) for array in (part.target, part.mask))
         with ranks.exchange(state.forward, start + size == samples):
-            with torch.autocast(device.type, job.precision, enabled=job.precision != torch.float32):
+            with torch.autocast(device.type, run.precision, enabled=run.precision != torch.float32):
                 logits = state.forward(*inputs)
             state.recent.append((label_scores(logits[:, : len(LABELS)]).detach(), target, mask))
             loss = state.loss(logits, target, mask) * (mask.sum() / max(cells, 1))
@@ -287,14 +287,14 @@ def train_step(job: Job, state: TrainState, batch: Batch, cells: float) -> Tenso
     return torch.stack([total, norm])
 
 
-def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[Tensor, ...]:
+def training_inputs(run: Run, batch: Batch, first: int, samples: int) -> tuple[Tensor, ...]:
     """The network's inputs for part of a batch, normalized and augmented, on the device.
 
     `first` is the position of the part's first sample in the whole batch over all ranks, which has `samples` samples.
     """
-    config, pixels = job.config, job.pixels
+    config, pixels = run.config, run.pixels
     by_study = config.fusion is not None
-    images, *views = network_inputs(batch.images, batch.present, batch.projection, job.device, by_study)
+    images, *views = network_inputs(batch.images, batch.present, batch.projection, run.device, by_study)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
     else:
@@ -312,14 +312,14 @@ def training_inputs(job: Job, batch: Batch, first: int, samples: int) -> tuple[T
     return inputs.contiguous(memory_format=torch.channels_last), *views
 
 
-def check_losses(job: Job, state: TrainState, steps: int) -> float:
+def check_losses(run: Run, state: TrainState, steps: int) -> float:
     """Add the losses since the last check to the sum; returns their mean over these steps, nan if there are none.
 
     Raises DivergedError if a loss or gradient is not finite: clipping divides by the gradient's norm, so one nan would
     spread to all weights.
     """
     pending = torch.stack(state.losses) if state.losses else torch.empty(0, 2)
-    sums = job.ranks.sum(pending.double().cpu().numpy())
+    sums = run.ranks.sum(pending.double().cpu().numpy())
     for number, values in enumerate(sums.tolist(), state.done - len(sums)):
         for name, value in zip(("loss", "gradient's norm"), values, strict=True):
             if not math.isfinite(value):
@@ -330,7 +330,7 @@ def check_losses(job: Job, state: TrainState, steps: int) -> float:
     return float(sums[:, 0].mean()) if len(sums) else math.nan
 
 
-def save_state(job: Job, state: TrainState) -> None:
+def save_state(run: Run, state: TrainState) -> None:
     """Write last.pt, which is the same for all ranks, including the state of random generators.
 
     Raises DivergedError if the last step, whose result no loss has checked yet, has ruined the weights.
@@ -338,42 +338,42 @@ def save_state(job: Job, state: TrainState) -> None:
     weights = torch.stack(torch._foreach_norm(list(state.network.parameters())))
     if not weights.isfinite().all():
         raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower `lr`")
-    state.bad.update(job.ranks.unite(state.bad.rows))
-    if job.ranks.is_first:
-        sync_folder(job.run)  # best.pt and metrics.jsonl, before a checkpoint that counts on them
-        state.save(job.run / "last.pt")
+    state.bad.update(run.ranks.unite(state.bad.rows))
+    if run.ranks.is_first:
+        sync_folder(run.folder)  # best.pt and metrics.jsonl, before a checkpoint that counts on them
+        state.save(run.folder / "last.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluations
 
 
-def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) -> str:
+def evaluate_state(run: Run, state: TrainState, data: Data, log: Log) -> str:
     """Score the averaged weights on dev, add a line to metrics.jsonl, and keep the best weights; returns a summary."""
-    job.ranks.align_buffers(state.ema)
-    scored, _ = score_split(job, state.ema, data.dev, job.pixels)
-    report = report_auroc(job.config.labels, *scored[:4])
+    run.ranks.align_buffers(state.ema)
+    scored, _ = score_split(run, state.ema, data.dev, run.pixels)
+    report = report_auroc(run.config.labels, *scored[:4])
     epoch = round(state.done / data.steps, 4)
     line: dict[str, Any] = {"epoch": epoch, "step": state.done}
     line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
     line["dev_loss"] = cross_entropy(*scored[:3])
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
-    chosen = job.config.choose_by
+    chosen = run.config.choose_by
     score, macro = choice_score(line, chosen), choice_score(line, "all")
     if score is None or macro is None:  # without the unusable images
-        raise DataError(no_choice(job, [label for label in parse_choice(chosen) if line["labels"][label] is None]))
+        raise DataError(no_choice(run, [label for label in parse_choice(chosen) if line["labels"][label] is None]))
     state.history.append(line)
     state.evaluated, state.loss_sum = state.done, 0.0
     is_best = score > state.best
     state.best = max(score, state.best)
-    if job.ranks.is_first:
-        if is_best or job.config.keep == "last":
-            forget_calibration(job.run)  # of the previous weights
-            save_best(job, state.seen, state.ema.state_dict(), epoch, score)
+    if run.ranks.is_first:
+        if is_best or run.config.keep == "last":
+            forget_calibration(run.folder)  # of the previous weights
+            save_best(run, state.seen, state.ema.state_dict(), epoch, score)
         # Rewritten from the checkpoint's history, so that repeated steps are not listed twice.
         lines = "".join(json.dumps(line) + "\n" for line in state.history)
-        write_atomically(job.run / "metrics.jsonl", lines.encode())
+        write_atomically(run.folder / "metrics.jsonl", lines.encode())
     log("dev/loss", line["dev_loss"], state.done)
     log("dev/macro_auroc", macro, state.done)
     if chosen != "all":
@@ -383,7 +383,7 @@ def evaluate_state(job: Job, state: TrainState, data: TrainingData, log: Log) ->
     if chosen == "all" and line["macro10_auroc"] is None:
         name = MEANS["macro"]
         few = "no label has 10 patients of each class on dev, so the choice of checkpoint is arbitrary"
-        say_once(f"{job.shards}: {few}; raise `dev`")
+        say_once(f"{run.shards}: {few}; raise `dev`")
     return f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}"
 
 

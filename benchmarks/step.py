@@ -22,7 +22,7 @@ import train
 from model.augment import normalize
 from model.predict import to_device
 from model.runs.config import Config, Setup
-from model.runs.job import open_job, open_training
+from model.runs.run import open_run, open_training
 from pipeline.stream.batches import Batch
 
 KEPT = 4  # batches that lie in memory
@@ -46,20 +46,20 @@ def synchronize(device: torch.device) -> None:
 def main(shards: str, arch: str, size: str, batch: int, steps: int, rounds: int, amp: str, compiled: bool) -> None:
     """Print images/s of the three, and their ratios."""
     config = Config(arch=arch, image_size=size, batch_size=batch, amp=amp, compile=compiled, pretrained=False)
-    job = open_job(config, Setup(shards=(shards,)), Path("unused"))
-    data = open_training(job)
-    state = train.start_state(job, data)
+    run = open_run(config, Setup(shards=(shards,)), Path("unused"))
+    data = open_training(run)
+    state = train.start_state(run, data)
     state.network.train()
 
     def stream() -> Iterator[Batch]:
         for epoch in itertools.count():
-            yield from train.stream_epoch(job, data, epoch)
+            yield from train.stream_epoch(run, data, epoch)
 
     batches = stream()
     resident = itertools.cycle([next(batches) for _ in range(KEPT)])
-    pixels = job.manifest.pixels
+    pixels = run.manifest.pixels
     tensors = [
-        [to_device(array, job.device) for array in (kept.images, kept.target, kept.mask)]
+        [to_device(array, run.device) for array in (kept.images, kept.target, kept.mask)]
         for kept in (next(resident) for _ in range(KEPT))
     ]
     ready = itertools.cycle(
@@ -70,7 +70,7 @@ def main(shards: str, arch: str, size: str, batch: int, steps: int, rounds: int,
     def bare_step() -> None:
         images, target, mask = next(ready)
         state.optimizer.zero_grad()
-        with torch.autocast(job.device.type, job.precision, enabled=job.precision != torch.float32):
+        with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
             logits = state.forward(images)
         state.scaler.scale(state.loss(logits, target, mask)).backward()
         state.scaler.unscale_(state.optimizer)
@@ -79,7 +79,7 @@ def main(shards: str, arch: str, size: str, batch: int, steps: int, rounds: int,
         state.scaler.update()
 
     def step_on(batch: Batch) -> None:
-        train.train_step(job, state, batch, float(batch.mask.sum()))
+        train.train_step(run, state, batch, float(batch.mask.sum()))
 
     contestants: dict[str, Callable[[], object]] = {
         "bare": bare_step,
@@ -89,14 +89,14 @@ def main(shards: str, arch: str, size: str, batch: int, steps: int, rounds: int,
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):  # the first warms up
         for name, step in contestants.items():
-            synchronize(job.device)
+            synchronize(run.device)
             start = time.perf_counter()
             for _ in range(steps):
                 step()
-            synchronize(job.device)
+            synchronize(run.device)
             rates[name].append(steps * batch / (time.perf_counter() - start))
-    device = torch.cuda.get_device_name() if job.device.type == "cuda" else "CPU"
-    precision = str(job.precision).removeprefix("torch.")
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else "CPU"
+    precision = str(run.precision).removeprefix("torch.")
     suffix = ", compiled" if compiled else ""
     print(f"{arch} at {size} pixels, batches of {batch}, {precision} on {device}{suffix}")
     for name, of_rounds in rates.items():
@@ -104,7 +104,7 @@ def main(shards: str, arch: str, size: str, batch: int, steps: int, rounds: int,
         ratio = statistics.median(ours / other for ours, other in pairs)
         rate = statistics.median(of_rounds[1:])
         print(f"  {name:9} {rate:8,.1f} images/s   training is {ratio:.2f} of it")
-    if job.device.type == "cuda":
+    if run.device.type == "cuda":
         print(f"  memory    {torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB at the peak")
 
 

@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import train
 from model.networks import build_network
 from model.runs import commands, use
-from model.runs.job import Job, open_training
+from model.runs.run import Run, open_training
 
 GRADIENTS = 3  # steps whose gradients are kept
 
@@ -38,7 +38,7 @@ def build_frozen(*arguments: object) -> nn.Module:
     return network.double()
 
 
-def run_steps(job: Job) -> None:
+def run_steps(job: Run) -> None:
     """Train for STEPS steps, the first of as many epochs."""
     data = open_training(job)
     state = train.start_state(job, data)

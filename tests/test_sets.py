@@ -60,6 +60,6 @@ def test_a_set_goes_all_the_way(name: str, epochs: int, tmp_path: Path) -> None:
     job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=epochs)
     train.train(job)
     files = sorted(path for path in home.rglob("*") if path.suffix in (".png", ".jpg", ".dicom"))[:2]
-    scores, bad = open_predictor([job.run]).score_files([[file] for file in files], 1)
+    scores, bad = open_predictor([job.folder]).score_files([[file] for file in files], 1)
     assert (bad, len(scores)) == ([], 2)
     assert ((scores > 0) & (scores < 1)).any(axis=1).all()

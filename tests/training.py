@@ -18,8 +18,8 @@ from model.ranks import Stopped
 from model.runs import results
 from model.runs.commands import main
 from model.runs.config import Config, Setup
-from model.runs.folder import open_run
-from model.runs.job import Job, open_job
+from model.runs.folder import begin_run
+from model.runs.run import Run, open_run
 from pipeline.console import run_command
 from pipeline.measure import belief
 from tests.conftest import call
@@ -53,7 +53,7 @@ def stop_after(looks: int, begin: Callable[[], object]) -> None:
     assert stopped.value.code == 143
 
 
-def train_until(looks: int, job: Job) -> None:
+def train_until(looks: int, job: Run) -> None:
     """Train until the n-th look for a signal: before each step, before each batch that is scored, and after these."""
     stop_after(looks, lambda: train.train(job))
 
@@ -94,13 +94,13 @@ def open_small_job(
     init: Path | None = None,
     strict: bool = False,
     **changes: Any,
-) -> Job:
+) -> Run:
     """A small job; keyword arguments change its configuration."""
     config = Config(**SMALL | changes)
     folders = [shards] if isinstance(shards, Path) else shards
     setup = Setup(shards=tuple(map(str, folders)), teacher=teacher, init=init, strict=strict, workers=2)
-    job = open_job(config, setup, run)
-    open_run(job.run, job.config)
+    job = open_run(config, setup, run)
+    begin_run(job.folder, job.config)
     return job
 
 

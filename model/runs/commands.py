@@ -41,7 +41,7 @@ from pipeline.command import FILE, Fields, Several, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say_next
 
 if TYPE_CHECKING:
-    from model.runs.job import Job
+    from model.runs.run import Run
     from model.runs.sweep import Point, Sweep, Trial
     from model.runs.sweep_report import Setting
 
@@ -125,11 +125,11 @@ def train_command(train: Train, place: use.Place, setup: Setup, config: Config) 
         use.print_run(place.run)
         return 0
     from model.ranks import join_ranks, listen
-    from model.runs.job import open_job
+    from model.runs.run import open_run
 
     listen()
     with join_ranks() as ranks:
-        train(open_job(config, setup, place.run, ranks))
+        train(open_run(config, setup, place.run, ranks))
         if ranks.is_first:
             use.print_run(place.run)
     return 0
@@ -154,21 +154,21 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     check_runs(given.runs)
     from model.ranks import listen
     from model.runs.cross import MACRO, score_runs, tabulate_cross, train_runs, write_cross
-    from model.runs.job import open_job
+    from model.runs.run import open_run
 
     listen()
 
-    def make(folders: Sequence[str], run: Path) -> "Job":
-        return open_job(config, replace(setup, shards=tuple(folders)), run)
+    def make(folders: Sequence[str], folder: Path) -> "Run":
+        return open_run(config, replace(setup, shards=tuple(folders)), folder)
 
-    jobs = train_runs(setup.shards, given.out, make, train, given.runs)
-    matrix = score_runs(jobs, setup.shards)
-    *_, last = jobs.values()
+    runs = train_runs(setup.shards, given.out, make, train, given.runs)
+    matrix = score_runs(runs, setup.shards)
+    *_, last = runs.values()
     with pictures(given.png):
         write_cross(given.out, matrix, last)
     tabulate_cross(matrix, MACRO).print()
     echo(f"{given.out / 'cross.html'}: the same by label")
-    say_next(*use.TRAIN, "predict", "--run", last.run, "--out", "scores.csv", "IMAGES")
+    say_next(*use.TRAIN, "predict", "--run", last.folder, "--out", "scores.csv", "IMAGES")
     return 0
 
 
@@ -186,26 +186,26 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
 
     A table of keys, patients, labels and embeddings, for models that are fitted on top.
     """
-    run, out = Path(given.source), given.out
+    folder, out = Path(given.source), given.out
     started = config.pretrained or setup.init is not None
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
-    if given.source in published() and not run.exists():
-        started, setup = True, replace(setup, init=run)
-    if run.is_dir():
-        refuse_usage(started or config.image_size, f"{run} is a run: it has its own weights and image size")
+    if given.source in published() and not folder.exists():
+        started, setup = True, replace(setup, init=folder)
+    if folder.is_dir():
+        refuse_usage(started or config.image_size, f"{folder} is a run: it has its own weights and image size")
     else:
-        refuse_usage(not started, f"{run} is no folder, and a network needs --init or --pretrained")
-        arch = "" if setup.init == run else check_arch(given.source)
+        refuse_usage(not started, f"{folder} is no folder, and a network needs --init or --pretrained")
+        arch = "" if setup.init == folder else check_arch(given.source)
         config = replace(config, arch=arch, amp="off", uncertain="ignore", blank="ignore")
-    setup = setup.checked(*([run] if run.is_dir() else []))
+    setup = setup.checked(*([folder] if folder.is_dir() else []))
     from model.runs.embeddings import embed_split, start_network, write_embeddings
-    from model.runs.job import Job, open_job
     from model.runs.predictor import load_network
+    from model.runs.run import Run, open_run
 
-    job = Job(read_config(run), setup.open(), run, setup) if run.is_dir() else open_job(config, setup, run)
-    network = load_network(run, job.config) if run.is_dir() else start_network(job)
-    table = embed_split(job, given.split, network)
+    run = Run(read_config(folder), setup.open(), folder, setup) if folder.is_dir() else open_run(config, setup, folder)
+    network = load_network(folder, run.config) if folder.is_dir() else start_network(run)
+    table = embed_split(run, given.split, network)
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
     return 0
@@ -226,14 +226,14 @@ def _check(config: Config, setup: Setup) -> int:
     return 0
 
 
-def is_finished(config: Config, setup: Setup, run: Path) -> bool:
+def is_finished(config: Config, setup: Setup, folder: Path) -> bool:
     """Whether this run is already trained and reported, in which case a message says so; needs no torch."""
-    if not is_reported(run):
+    if not is_reported(folder):
         return False
     start = open_start(config, setup.init)
-    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(run):
-        return False  # `open_run` reports the difference
-    say_finished(run, json.loads(read_bytes(run / "metrics.jsonl").splitlines()[-1])["step"])
+    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(folder):
+        return False  # `begin_run` reports the difference
+    say_finished(folder, json.loads(read_bytes(folder / "metrics.jsonl").splitlines()[-1])["step"])
     return True
 
 
@@ -262,34 +262,34 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
         from model.runs.sweep import Sweep, list_trials, open_sweep, run_sweep
         from model.runs.sweep_report import compare_settings, write_sweep_report
     from model.ranks import listen
-    from model.runs.job import open_job
+    from model.runs.run import open_run
 
     listen()
     values: dict[str, tuple[Any, ...]] = {name: (getattr(base, name),) for name in SWEPT if getattr(base, name)}
     values |= {name: tried for name, tried in lists.items() if name in SWEPT or len(tried) > 1}
 
-    def make(point: "Point", run: Path) -> "Job":
-        return open_job(replace(base, **point), setup, run)
+    def make(point: "Point", folder: Path) -> "Run":
+        return open_run(replace(base, **point), setup, folder)
 
     # Refuse a value that conflicts with the options before any point is trained.
     points: list[Point] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
-    job, *_ = [make(point, search.sweep / "trials" / "unused") for point in points]
+    run, *_ = [make(point, search.sweep / "trials" / "unused") for point in points]
     for name, tried in lists.items():
         # Without a dev split, the seed decides which patients are dev; only then does `resolve_config` set `dev`.
-        alone = name in ("choose_by", "dev", "views") or (name == "seed" and job.config.dev is not None)
+        alone = name in ("choose_by", "dev", "views") or (name == "seed" and run.config.dev is not None)
         refuse_usage(
             alone and len(tried) > 1,
             f"--{name.replace('_', '-')} decides what dev's AUROC is of, by which trials are compared: give one value"
             f"{', or shards with a dev split' if name == 'seed' else ''}",
         )
-    shared = {name: value for name, value in asdict(job.config).items() if name not in values}
+    shared = {name: value for name, value in asdict(run.config).items() if name not in values}
     sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0)
     open_sweep(sweep)  # first, so that a sweep with other options keeps its report
     try:
         run_sweep(sweep, partial(train_trial, train, make))
     finally:  # even after an error in one trial: report the others
         trials = list_trials(sweep)
-        settings = compare_settings(job, trials)
+        settings = compare_settings(run, trials)
         then = [*use.TRAIN, *_use_setting(sweep.folder, settings[0].trials)] if settings else []
         with pictures(search.png):
             write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
@@ -310,7 +310,7 @@ def _print_sweep(
     if complete:
         ranked = rank(trials)
         tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
-        echo(f"trial {ranked[0].number} is the best: {ranked[0].run}")
+        echo(f"trial {ranked[0].number} is the best: {ranked[0].folder}")
         if complete > 1:
             tabulate_settings(settings, sweep.choice).print()
         say_next(*then)
@@ -320,22 +320,22 @@ def _print_sweep(
 def _use_setting(folder: Path, trials: "Sequence[Trial]") -> list[object]:
     """What to run with the trials of the best setting: their ensemble, if they are several."""
     if len(trials) > 1:
-        return ["evaluate", *use.repeat("--run", [trial.run for trial in trials]), "--out", folder / "ensemble"]
-    return ["predict", "--run", trials[0].run, "--out", "scores.csv", "IMAGES"]
+        return ["evaluate", *use.repeat("--run", [trial.folder for trial in trials]), "--out", folder / "ensemble"]
+    return ["predict", "--run", trials[0].folder, "--out", "scores.csv", "IMAGES"]
 
 
-def train_trial(train: Train, make: Callable[..., "Job"], point: "Point", run: Path) -> Mapping[str, float | None]:
+def train_trial(train: Train, make: Callable[..., "Run"], point: "Point", folder: Path) -> Mapping[str, float | None]:
     """Train a point of a sweep in its run folder; returns the run's results."""
     import torch
 
     from model.runs.results import measure_run
 
-    job = make(point, run)
+    run = make(point, folder)
     torch.compiler.reset()  # else it gives up after several networks in one process
     gc.collect()  # a failed trial's traceback keeps its memory
     torch.cuda.empty_cache()
-    train(job)
-    return measure_run(job)
+    train(run)
+    return measure_run(run)
 
 
 for each in (

@@ -297,36 +297,36 @@ class Assessment:
         return (*self.where, *([] if self.views is None else [f"{self.views} views"]))
 
 
-def list_shards(run: Path) -> tuple[str, ...]:
+def list_shards(folder: Path) -> tuple[str, ...]:
     """The shards that a run, or an ensemble's first member, last trained on; none if unknown."""
-    run = read_members(run)[0]
+    folder = read_members(folder)[0]
     try:
-        lines = (run / "environment.jsonl").read_text().splitlines()
+        lines = (folder / "environment.jsonl").read_text().splitlines()
         names = tuple(map(str, json.loads(lines[-1])["shards"]))
     except (OSError, ValueError, LookupError, TypeError):
         return ()
-    return tuple(name if "://" in name else os.path.relpath(run / name) for name in names)
+    return tuple(name if "://" in name else os.path.relpath(folder / name) for name in names)
 
 
 def check_runs(runs: Sequence[Path]) -> None:
     """Raise DataError for a folder without a run or ensemble, before torch is imported."""
-    for run in runs:
-        for member in read_members(run):
+    for folder in runs:
+        for member in read_members(folder):
             read_config(member)
 
 
-def read_members(run: Path) -> list[Path]:
+def read_members(folder: Path) -> list[Path]:
     """The members of an ensemble, or a single run. Raises DataError if weights changed since they were evaluated."""
-    if not (run / ENSEMBLE).exists():
-        return [run]
-    members = read_object(run / ENSEMBLE).get("members")
+    if not (folder / ENSEMBLE).exists():
+        return [folder]
+    members = read_object(folder / ENSEMBLE).get("members")
     if not isinstance(members, dict) or not members:
-        raise DataError(f"{run / ENSEMBLE}: damaged: it names no members")
-    runs = [Path(os.path.normpath(run / name)) for name in members]
+        raise DataError(f"{folder / ENSEMBLE}: damaged: it names no members")
+    runs = [Path(os.path.normpath(folder / name)) for name in members]
     for member, best in zip(runs, members.values(), strict=True):
         if hash_file(member / "best.pt") != best:
-            command = f"python -m train evaluate {' '.join(f'--run {path}' for path in runs)} --out {run}"
-            raise DataError(f"{member}: trained on since {run} was evaluated; first run: {command}")
+            command = f"python -m train evaluate {' '.join(f'--run {path}' for path in runs)} --out {folder}"
+            raise DataError(f"{member}: trained on since {folder} was evaluated; first run: {command}")
     return runs
 
 
@@ -417,7 +417,7 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
 
 
 def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start: "Start | None") -> Config:
-    """The configuration with its open settings filled in: see `job.open_job`, which raises the same errors."""
+    """The configuration with its open settings filled in: see `run.open_run`, which raises the same errors."""
     manifest = shards.manifest
     if config.mix and len(config.mix) != len(shards.folders):
         raise SettingError(f"`mix` has {len(config.mix)} shares for {len(shards.folders)} folders of `shards`")
@@ -470,21 +470,21 @@ def teacher_digest(teacher: Path, shards: "Shards") -> str:
         raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
 
 
-def is_reported(run: Path) -> bool:
+def is_reported(folder: Path) -> bool:
     """Whether the folder has all files of a finished run; the model card is written last."""
     files = ("last.pt", "calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html")
-    return all((run / name).exists() for name in (*files, "model-card.md"))
+    return all((folder / name).exists() for name in (*files, "model-card.md"))
 
 
-def say_finished(run: Path, steps: int) -> None:
+def say_finished(folder: Path, steps: int) -> None:
     """Report that nothing is left to train."""
-    further = f"raise `epochs`, or start another `run` with `init` {run}"
-    say(f"{run}: finished, after step {steps:,}; to train further, {further}")
+    further = f"raise `epochs`, or start another `run` with `init` {folder}"
+    say(f"{folder}: finished, after step {steps:,}; to train further, {further}")
 
 
-def read_config(run: Path) -> Config:
+def read_config(folder: Path) -> Config:
     """The configuration of a run. Raises DataError if it is missing or invalid."""
-    path = run / "config.json"
+    path = folder / "config.json"
     try:
         values = json.loads(read_bytes(path))
         # Every setting: a default may not be what the run used.
@@ -494,6 +494,6 @@ def read_config(run: Path) -> Config:
         check_values(config)
         return config
     except FileNotFoundError:
-        raise DataError(f"{run}: no config.json, so not a run folder") from None
+        raise DataError(f"{folder}: no config.json, so not a run folder") from None
     except (AttributeError, LookupError, TypeError, ValueError, DataError) as error:
         raise DataError(f"{path}: damaged, or of another version: {str(error)[:200]}") from error

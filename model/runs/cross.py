@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.runs.config import is_reported, read_config
-from model.runs.job import Job, open_rows
 from model.runs.overlap import check_seen, check_start, read_seen
-from model.runs.predictor import of_job
+from model.runs.predictor import of_run
 from model.runs.report import define_settings
+from model.runs.run import Run, open_rows
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
 from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits
@@ -31,7 +31,7 @@ from pipeline.stream.dataset import Shards
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Make = Callable[[Sequence[str], Path], Job]  # folders and run → its job
+Make = Callable[[Sequence[str], Path], Run]  # shards and folder → the run
 SCORED = ("valid", "test", "dev")  # a set's first available split of these is scored
 MACRO = "macro"  # the mean of all labels
 
@@ -58,51 +58,50 @@ def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def train_runs(
-    shards: Sequence[str], out: Path, make: Make, train: Callable[[Job], None], others: Sequence[Path] = ()
-) -> dict[str, Job]:
-    """Train every run that is not finished; returns the jobs by name, those of `others` first.
+    shards: Sequence[str], out: Path, make: Make, train: Callable[[Run], None], others: Sequence[Path] = ()
+) -> dict[str, Run]:
+    """Train every run that is not finished; returns the runs by name, those of `others` first.
 
     Raises DataError if two folders have the same name, if `others` were trained on scored images or take other samples,
     and as `list_labels` does.
     """
-    runs = plan_runs(shards)
     if len({Path(folder).name for folder in shards}) < len(shards):
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
-    # Open all jobs first, to refuse folders that share patients or images before hours of training.
-    made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in runs.items()}
-    jobs = {str(run): open_other(run, next(iter(made.values()))) for run in others} | made
-    list_labels(jobs)
-    for job in made.values():
-        check_start(job)
-    for run in others:
-        for alone in (made[Path(folder).name] for folder in shards):
-            check_seen(replace(jobs[str(run)], shards=alone.shards), _choose_split(alone.shards), read_seen(run))
-    for job in made.values():
-        if not (is_reported(job.run) and read_config(job.run) == job.config):
-            train(job)
-    return jobs
+    # Open all runs first, to refuse folders that share patients or images before hours of training.
+    made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in plan_runs(shards).items()}
+    runs = {str(folder): open_other(folder, next(iter(made.values()))) for folder in others} | made
+    list_labels(runs)
+    for run in made.values():
+        check_start(run)
+    for folder in others:
+        for alone in (made[Path(name).name] for name in shards):
+            check_seen(replace(runs[str(folder)], shards=alone.shards), _choose_split(alone.shards), read_seen(folder))
+    for run in made.values():
+        if not (is_reported(run.folder) and read_config(run.folder) == run.config):
+            train(run)
+    return runs
 
 
-def open_other(run: Path, job: Job) -> Job:
-    """The job that scores a run on another job's samples. Raises DataError if one uses studies, the other images."""
-    config, same = read_config(run), ("where", "views", "limit", "max_bad", "blank")
-    if config.fusion != job.config.fusion:
-        raise DataError(f"{run}: scores {config.units}, and these runs {job.config.units}")
-    config = replace(config, **{name: getattr(job.config, name) for name in same})
-    return replace(job, config=config, run=run, start=None)
+def open_other(folder: Path, run: Run) -> Run:
+    """The run of a folder, to score another run's samples. Raises DataError if one uses studies, the other images."""
+    config, same = read_config(folder), ("where", "views", "limit", "max_bad", "blank")
+    if config.fusion != run.config.fusion:
+        raise DataError(f"{folder}: scores {config.units}, and these runs {run.config.units}")
+    config = replace(config, **{name: getattr(run.config, name) for name in same})
+    return replace(run, config=config, folder=folder, start=None)
 
 
-def list_labels(jobs: Mapping[str, Job]) -> list[str]:
+def list_labels(runs: Mapping[str, Run]) -> list[str]:
     """The labels of all runs that have 10 patients of each class in every set.
 
     Raises DataError if there is none, or if a set has no split to score.
     """
     labels = set(LABELS)
-    for job in jobs.values():
-        labels &= set(job.config.labels)
-        if len(job.shards.folders) > 1:
+    for run in runs.values():
+        labels &= set(run.config.labels)
+        if len(run.shards.folders) > 1:
             continue
-        chosen = open_rows(job, _choose_split(job.shards))
+        chosen = open_rows(run, _choose_split(run.shards))
         patient = chosen.split.table["patient"].to_numpy()[chosen.rows]
         for column, label in enumerate(LABELS):
             target, known = (array[chosen.rows, column] for array in chosen.truth)
@@ -113,31 +112,30 @@ def list_labels(jobs: Mapping[str, Job]) -> list[str]:
     return [label for label in LABELS if label in labels]
 
 
-def score_runs(jobs: Mapping[str, Job], shards: Sequence[str]) -> Matrix:
+def score_runs(runs: Mapping[str, Run], shards: Sequence[str]) -> Matrix:
     """The AUROCs of every run on every set, for each label of `list_labels`. Raises DataError and Stopped."""
-    labels, trained = list_labels(jobs), plan_runs(shards)
-    runs = {run: list(trained.get(run, ())) for run in jobs}
-    matrix = Matrix(runs, {}, labels, {})
+    labels, trained = list_labels(runs), plan_runs(shards)
+    matrix = Matrix({name: list(trained.get(name, ())) for name in runs}, {}, labels, {})
     shares = {key: weigh_labels(labels, [key] if key in labels else labels) for key in (MACRO, *labels)}
-    for name in (Path(folder).name for folder in shards):
-        collection = jobs[name].shards
+    for scored in (Path(folder).name for folder in shards):
+        collection = runs[scored].shards
         split = _choose_split(collection)
         measured: dict[str, Areas] = {}
-        for run, job in jobs.items():
+        for name, run in runs.items():
             # Sets that share images are refused before training; images shared within a set were reported earlier.
-            own = replace(job, shards=collection, setup=replace(job.setup, shared_images=run in trained))
-            images = of_job(job).score(own, split).images
-            columns = [job.config.labels.index(label) for label in labels]
-            measured[run] = measure_areas(
+            own = replace(run, shards=collection, setup=replace(run.setup, shared_images=name in trained))
+            images = of_run(run).score(own, split).images
+            columns = [run.config.labels.index(label) for label in labels]
+            measured[name] = measure_areas(
                 images.scores[:, columns], images.target[:, columns], images.mask[:, columns], images.patient
             )
-            matrix.sets[name] = {"split": split, "images": len(images.scores)}
-        matrix.cells[name] = {
-            run: {
-                key: {"auroc": combine(areas, share), "less": subtract([areas], [measured[name]], share)}
+            matrix.sets[scored] = {"split": split, "images": len(images.scores)}
+        matrix.cells[scored] = {
+            name: {
+                key: {"auroc": combine(areas, share), "less": subtract([areas], [measured[scored]], share)}
                 for key, share in shares.items()
             }
-            for run, areas in measured.items()
+            for name, areas in measured.items()
         }
     return matrix
 
@@ -181,14 +179,14 @@ def draw_matrix(axes: "Axes", matrix: Matrix) -> None:
     axes.set(xlabel="scored on", ylabel="trained on")
 
 
-def write_cross(out: Path, matrix: Matrix, job: Job) -> None:
+def write_cross(out: Path, matrix: Matrix, run: Run) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
     write_json(out / "cross.json", asdict(matrix))
     tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)}
     size = (2 + 0.07 * max(map(len, map(name_run, matrix.runs))) + 1.2 * len(matrix.sets), 1 + 0.4 * len(matrix.runs))
     figure = draw_svg(partial(draw_matrix, matrix=matrix), "AUROC by training and test set", size, fitted=True)
     page = open_templates("model.runs").get_template("cross.html")
-    settings = {job.run.name: define_settings(asdict(job.config))}
+    settings = {run.folder.name: define_settings(asdict(run.config))}
     text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure, settings=settings)
     write_atomically(out / "cross.html", text.encode())
 

@@ -22,9 +22,9 @@ from model.fusion import StudyNetwork
 from model.networks import build_network, find_head, load_initial
 from model.predict import explain_memory, to_device
 from model.runs.folder import fuse
-from model.runs.job import Job, open_rows, read_batches
 from model.runs.overlap import check_seen
 from model.runs.predictor import EVALUATION_BATCH, Network
+from model.runs.run import Run, open_rows, read_batches
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
 from pipeline.console import progress_bar, say
@@ -33,33 +33,33 @@ from pipeline.labels import LABELS
 from pipeline.stream.plan import plan_evaluation
 
 
-def start_network(job: Job) -> Network:
-    """The network that a job would start from: whatever its weights have seen, it is not trained on these shards."""
-    network = build_network(job.config.arch, len(LABELS), job.config.shape, bool(job.config.pretrained))
-    if job.start is not None:
-        say(f"{job.start.path}: {load_initial(network, job.start)}")
-    network = fuse(network, job.config).to(job.device).to(memory_format=torch.channels_last)
-    config, seen = replace(job.config, manifest=""), job.start.seen if job.start else ()
-    images = ImageOptions._make(job.manifest.options[name] for name in ImageOptions._fields)
-    return Network(job.run, config, network, job.pixels, images, seen, {}, None)
+def start_network(run: Run) -> Network:
+    """The network that a run would start from: whatever its weights have seen, it is not trained on these shards."""
+    network = build_network(run.config.arch, len(LABELS), run.config.shape, bool(run.config.pretrained))
+    if run.start is not None:
+        say(f"{run.start.path}: {load_initial(network, run.start)}")
+    network = fuse(network, run.config).to(run.device).to(memory_format=torch.channels_last)
+    config, seen = replace(run.config, manifest=""), run.start.seen if run.start else ()
+    images = ImageOptions._make(run.manifest.options[name] for name in ImageOptions._fields)
+    return Network(run.folder, config, network, run.pixels, images, seen, {}, None)
 
 
 @torch.inference_mode()
-def embed_split(job: Job, split: str, member: Network) -> pa.Table:
+def embed_split(run: Run, split: str, member: Network) -> pa.Table:
     """The table of a split with its embeddings, ignoring the run's conditions.
 
     Raises DataError as `check_seen` and `embed` do, and for an unusable image, with shard and key.
     """
     config = replace(member.config, where=(), views="all", limit=None, fusion=None, max_bad=0.0)
-    job = replace(job, config=config)
-    check_seen(job, split, member.seen)
-    chosen = open_rows(job, split)
-    batches = read_batches(job, chosen, chosen.truth, partial(plan_evaluation, chosen.samples, EVALUATION_BATCH))
+    run = replace(run, config=config)
+    check_seen(run, split, member.seen)
+    chosen = open_rows(run, split)
+    batches = read_batches(run, chosen, chosen.truth, partial(plan_evaluation, chosen.samples, EVALUATION_BATCH))
     parts: list[npt.NDArray[np.float32]] = []
     network = member.network.eval()
     with progress_bar("Embedding", "images") as advance:
         for batch in batches:
-            images, scale = to_device(batch.images, job.device), member.pixels
+            images, scale = to_device(batch.images, run.device), member.pixels
             inputs = normalize(images, scale["mean"], scale["std"])
             with explain_memory(f"while embedding {len(inputs)} images", "choose a smaller `image_size`"):
                 features = embed(network, inputs.contiguous(memory_format=torch.channels_last))

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from model.augment import normalize
 from model.heatmaps import draw_maps
 from model.predict import explain_memory, to_device
-from model.runs.job import Job, open_images
 from model.runs.overlap import check_seen
 from model.runs.predictor import Network, load_network
+from model.runs.run import Run, open_images
 from pipeline.base.errors import DataError
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.base.tabular import Table
@@ -52,7 +52,7 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
             for label, heat in zip(labels, draw_heats(member, image, labels), strict=True):
                 score = row[known.index(label)]
                 picture = draw_overlay(
-                    image, heat, [f"{label}: score {score:.3f}", f"{member.run.name}, not for clinical use"]
+                    image, heat, [f"{label}: score {score:.3f}", f"{member.folder.name}, not for clinical use"]
                 )
                 name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
                 save_sheet(picture, out / name)
@@ -61,27 +61,27 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
     return written
 
 
-def draw_cells(job: Job, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
+def draw_cells(run: Run, splits: Sequence[str], marks: Marks) -> Iterator[Cell]:
     """The marked cells of splits, for labels that the run was trained on, with their maps.
 
     Raises DataError as `check_seen` does, before any map is drawn.
     """
-    if job.config.fusion is not None:
-        raise DataError(f"{job.run}: a run on studies; heat maps need a run on images")
-    member = load_network(job.run, job.config)
+    if run.config.fusion is not None:
+        raise DataError(f"{run.folder}: a run on studies; heat maps need a run on images")
+    member = load_network(run.folder, run.config)
     for name in splits:
-        check_seen(job, name, member.seen)
-    square, shape = str(job.manifest.options["square"]), job.config.shape
+        check_seen(run, name, member.seen)
+    square, shape = str(run.manifest.options["square"]), run.config.shape
     for name in splits:
-        split, rows = open_images(job, name)
+        split, rows = open_images(run, name)
         facts = split.table.take(rows)
         labels = [
-            [label for label in marks.get(key, {}) if label in job.config.labels] for key in facts["key"].to_pylist()
+            [label for label in marks.get(key, {}) if label in run.config.labels] for key in facts["key"].to_pylist()
         ]
         wanted = [place for place, names in enumerate(labels) if names]
         with progress_bar(f"Drawing maps of {name}", "images") as advance:
             for done, place in enumerate(wanted, start=1):
-                job.ranks.agree()
+                run.ranks.agree()
                 row = facts.slice(place, 1).to_pylist()[0]
                 (image,) = read_images(split, rows[place : place + 1])
                 heats = draw_heats(member, image, labels[place])

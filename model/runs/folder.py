@@ -27,7 +27,7 @@ from model.networks import weights_terms
 from model.optim import scheduled_lr
 from model.ranks import Ranks
 from model.runs.config import Config, name_outputs, read_config
-from model.runs.job import Job
+from model.runs.run import Run
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import named_writes, write_atomically, write_json
 from pipeline.base.store import read_bytes
@@ -117,91 +117,95 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
 
 
-def open_run(run: Path, config: Config, steps: int = 0) -> Config:
+def begin_run(folder: Path, config: Config, steps: int = 0) -> Config:
     """Make the run's folder; returns its configuration.
 
     A run that has done all of its epochs, of `steps` each, may get more. Raises DataError, with the difference, if the
     folder has another configuration.
     """
-    if (run / "config.json").exists():
-        before = read_config(run)
+    if (folder / "config.json").exists():
+        before = read_config(folder)
         if config == before:
             return before
         if config.epochs > before.epochs and replace(config, epochs=before.epochs) == before:
-            extend_run(run, before, config.epochs, steps)
+            extend_run(folder, before, config.epochs, steps)
             config = replace(config, extended=(*before.extended, before.epochs))
         else:
             own = asdict(before)
             difference = describe_difference(own, asdict(config) | {"extended": before.extended}, own)
             raise DataError(
-                f"{run} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
+                f"{folder} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
             )
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", asdict(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", asdict(config))
     return config
 
 
-def extend_run(run: Path, config: Config, epochs: int, steps: int) -> None:
+def extend_run(folder: Path, config: Config, epochs: int, steps: int) -> None:
     """Report the learning rate of more epochs. Raises DataError if the run has not done those that it has."""
-    done = load_checkpoint(run / "last.pt").get("done")
+    done = load_checkpoint(folder / "last.pt").get("done")
     if done != config.epochs * steps:
-        raise DataError(f"{run}: `epochs` can be raised after all {config.epochs} are done; its last step is {done:,}")
+        raise DataError(
+            f"{folder}: `epochs` can be raised after all {config.epochs} are done; its last step is {done:,}"
+        )
     then, now = (
         scheduled_lr(config.lr, step, total * steps) for step, total in ((done - 1, config.epochs), (done, epochs))
     )
     say(
-        f"{run}: {config.epochs} epochs ended at a learning rate of {then:.2g}; the next follow the schedule of "
+        f"{folder}: {config.epochs} epochs ended at a learning rate of {then:.2g}; the next follow the schedule of "
         f"{epochs} from {now:.2g} down, so the result is not that of {epochs} epochs at once"
     )
-    (run / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
+    (folder / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
 
 
-def describe_software(job: Job) -> dict[str, object]:
+def describe_software(run: Run) -> dict[str, object]:
     """Software settings that must be the same on all ranks, in addition to the configuration."""
-    packages = PACKAGES if own_input(job.config.arch) is None else (*PACKAGES, "timm")
+    packages = PACKAGES if own_input(run.config.arch) is None else (*PACKAGES, "timm")
     return {
         "code": describe_code(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
-        "precision": str(job.precision),
+        "precision": str(run.precision),
     }
 
 
-def record_environment(job: Job) -> None:
+def record_environment(run: Run) -> None:
     """Append this start's environment to environment.jsonl, which with config.json reproduces the run."""
-    line = describe_software(job) | {
+    # Relative to the run, so that both can move together.
+    paths = {shards.name: os.path.relpath(shards.path, run.folder) for shards in run.shards.folders}
+    shards = [name if "://" in name else path for name, path in paths.items()]
+    line = describe_software(run) | {
         "command": [redact(word) for word in sys.argv],
-        # Relative to the run, so that both can move together.
-        "shards": [one.name if "://" in one.name else os.path.relpath(one.path, job.run) for one in job.shards.folders],
+        "shards": shards,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "ranks": job.ranks.count,
+        "ranks": run.ranks.count,
     }
-    path = job.run / "environment.jsonl"
+    path = run.folder / "environment.jsonl"
     before = read_bytes(path) if path.exists() else b""
     write_atomically(path, before + (json.dumps(line) + "\n").encode())
 
 
 @contextmanager
-def send_curves(job: Job) -> Iterator[Log]:
+def send_curves(run: Run) -> Iterator[Log]:
     """If enabled, mirror TensorBoard's events to Weights & Biases; yields a function that sends a value to MLflow.
 
     In both, a resumed run keeps its identity. Raises DataError if a package is missing.
     """
-    run, setup, terms = job.run, job.setup, find_restriction(job.manifest.dataset)
+    folder, setup, terms = run.folder, run.setup, find_restriction(run.manifest.dataset)
     for name in ("wandb", "mlflow"):
         if terms and getattr(setup, name):
             sent = f"`{name}` sends settings and figures of this run to others"
             say_once(f"Warning: {sent}; make sure that the {terms} allows it")
-    digest = hashlib.sha256(read_bytes(run / "config.json")).hexdigest()[:8]
-    identity = re.sub(r"[^\w.-]", "-", f"{run.name}-{digest}")
-    settings: dict[str, Any] = {"config": asdict(job.config), "sync_tensorboard": True, "save_code": False}
+    digest = hashlib.sha256(read_bytes(folder / "config.json")).hexdigest()[:8]
+    identity = re.sub(r"[^\w.-]", "-", f"{folder.name}-{digest}")
+    settings: dict[str, Any] = {"config": asdict(run.config), "sync_tensorboard": True, "save_code": False}
     with ExitStack() as stack:
         if setup.wandb:
             with needs("wandb"):
                 import wandb
-            wandb.init(project=setup.wandb, name=run.name, id=identity, resume="allow", dir=run, **settings)
+            wandb.init(project=setup.wandb, name=folder.name, id=identity, resume="allow", dir=folder, **settings)
             stack.callback(wandb.finish)  # before the next trial of a sweep begins another
         if not setup.mlflow:
             yield lambda name, value, step: None
@@ -211,22 +215,22 @@ def send_curves(job: Job) -> Iterator[Log]:
         mlflow.set_experiment(setup.mlflow)
         earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{identity}'", output_format="list")
         stack.enter_context(mlflow.start_run(earlier[0].info.run_id if earlier else None, run_name=identity))
-        mlflow.log_params(asdict(job.config))
+        mlflow.log_params(asdict(run.config))
         yield mlflow.log_metric
 
 
 @contextmanager
-def open_events(job: Job, done: int) -> Iterator[Log]:
+def open_events(run: Run, done: int) -> Iterator[Log]:
     """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`.
 
     Raises DataError, with the folder, if they cannot be written.
     """
-    if not job.ranks.is_first:
+    if not run.ranks.is_first:
         yield lambda name, value, step: None
         return
     from torch.utils.tensorboard import SummaryWriter  # here, because it is slow to import
 
-    folder, usual = job.run / "tensorboard", threading.excepthook
+    folder, usual = run.folder / "tensorboard", threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
         if not isinstance(args.exc_value, OSError):
@@ -240,7 +244,7 @@ def open_events(job: Job, done: int) -> Iterator[Log]:
     # Hide the traceback of TensorBoard's thread: logging the next value raises the same error.
     threading.excepthook = hook
     try:
-        with send_curves(job) as send, ExitStack() as stack:
+        with send_curves(run) as send, ExitStack() as stack:
             with named_writes(folder):
                 events = SummaryWriter(str(folder), purge_step=done + 1)
                 stack.enter_context(named_writes(folder))
@@ -271,13 +275,13 @@ def describe_code() -> str:
         return version("chexpert-pipeline")
 
 
-def save_best(job: Job, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
+def save_best(run: Run, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
     """Write best.pt: everything needed to score images, except the settings in config.json."""
-    images = {name: job.manifest.options[name] for name in ImageOptions._fields}
-    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(job.pixels)}
-    about |= {"dataset": dict(job.manifest.dataset), "equalize": job.config.equalize, "seen": list(seen)}
-    about |= {"arch": job.config.arch, "image_size": job.config.image_size, "outputs": name_outputs(job.config)}
-    title, terms = (job.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
-    use = "calibrated" if job.config.adopted else "trained"
-    about["terms"] = f"{describe_start(asdict(job.config))}; {use} on {title}: {terms}"
-    save_checkpoint(job.run / "best.pt", {"weights": dict(weights), **about})
+    images = {name: run.manifest.options[name] for name in ImageOptions._fields}
+    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(run.pixels)}
+    about |= {"dataset": dict(run.manifest.dataset), "equalize": run.config.equalize, "seen": list(seen)}
+    about |= {"arch": run.config.arch, "image_size": run.config.image_size, "outputs": name_outputs(run.config)}
+    title, terms = (run.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
+    use = "calibrated" if run.config.adopted else "trained"
+    about["terms"] = f"{describe_start(asdict(run.config))}; {use} on {title}: {terms}"
+    save_checkpoint(run.folder / "best.pt", {"weights": dict(weights), **about})

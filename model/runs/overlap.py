@@ -22,7 +22,7 @@ import torch
 from model.checkpoint import load_checkpoint, refused
 from model.initial import UNKNOWN, Entry, hand_on
 from model.runs.config import read_members
-from model.runs.job import Job, open_images, selected_splits
+from model.runs.run import Run, open_images, selected_splits
 from pipeline.base.errors import DataError
 from pipeline.console import say, say_once
 from pipeline.identity import join_content, name_patients
@@ -30,85 +30,85 @@ from pipeline.identity import join_content, name_patients
 Seen = Sequence[Entry]
 
 
-def list_seen(job: Job, splits: Sequence[str]) -> Seen:
+def list_seen(run: Run, splits: Sequence[str]) -> Seen:
     """The entries of a run that trains on these splits, then those of its initial weights and its teacher.
 
     Raises DataError before training if the initial weights or the teacher were trained on images of dev or valid.
     """
-    before, own = check_start(job), []
+    before, own = check_start(run), []
     for name in splits:
-        images, patients = (torch.from_numpy(np.unique(values)) for values in identify(job, name))
+        images, patients = (torch.from_numpy(np.unique(values)) for values in identify(run, name))
         own.append(Entry(run="", split=name, images=images, patients=patients, sets=[]))
     return [*own, *before]
 
 
-def check_start(job: Job) -> Seen:
-    """The entries of a job's initial weights and teacher; raises DataError as `list_seen` does."""
-    before = list(job.start.seen) if job.start else []
-    for run in read_members(job.setup.teacher) if job.setup.teacher else ():
-        before += hand_on(read_seen(run), run)
-    for name in selected_splits(job) if before else ():
+def check_start(run: Run) -> Seen:
+    """The entries of a run's initial weights and teacher; raises DataError as `list_seen` does."""
+    before = list(run.start.seen) if run.start else []
+    for folder in read_members(run.setup.teacher) if run.setup.teacher else ():
+        before += hand_on(read_seen(folder), folder)
+    for name in selected_splits(run) if before else ():
         if name != "train":
-            check_seen(job, name, before, "keep its split (`dev`, `seed`), or start from another")
+            check_seen(run, name, before, "keep its split (`dev`, `seed`), or start from another")
     return before
 
 
-def identify(job: Job, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def identify(run: Run, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Of each image of a split that a run uses: CRC and length as one number [N], and the patient's hash [N].
 
     Signed, because torch cannot save unsigned numbers.
     """
-    split, rows = open_images(job, name)
+    split, rows = open_images(run, name)
     table = split.table.take(rows)
-    return join_content(table).to_numpy().view(np.int64), hash_patients(table, job.shards.namespace)
+    return join_content(table).to_numpy().view(np.int64), hash_patients(table, run.shards.namespace)
 
 
-def read_seen(run: Path) -> Seen:
+def read_seen(folder: Path) -> Seen:
     """The entries in the best.pt of a run. Raises CheckpointError."""
-    saved = load_checkpoint(run / "best.pt")
-    with refused(run / "best.pt"):
+    saved = load_checkpoint(folder / "best.pt")
+    with refused(folder / "best.pt"):
         entries: Seen = saved["seen"]
         return entries
 
 
 def check_seen(
-    job: Job, name: str, seen: Seen, remedy: str = "evaluate on others, or go on with `shared_images`"
+    run: Run, name: str, seen: Seen, remedy: str = "evaluate on others, or go on with `shared_images`"
 ) -> dict[str, int]:
     """Count the patients and images of a split that weights were trained on; all scoring calls this.
 
     For the run's train split nothing is counted, and for a dev split only what is also in a train split. Unknown
     training data, and sets of which the images are not known, cannot be counted either, and are reported.
-    Reports overlap. Raises DataError, with the remedy, if images or sets overlap and the job does not allow it; overlap
+    Reports overlap. Raises DataError, with the remedy, if images or sets overlap and the run does not allow it; overlap
     of the run's own shards, as between their splits, is always allowed.
     """
-    at_home = job.shards.digest == job.config.manifest
-    if at_home and name == "train" and not job.config.adopted:
+    at_home = run.shards.digest == run.config.manifest
+    if at_home and name == "train" and not run.config.adopted:
         return {}
-    images, patients = identify(job, name)
+    images, patients = identify(run, name)
     shared_images, shared_patients = (np.zeros(len(images), np.bool_) for _ in range(2))
-    namespaces = {folder.patients for folder in job.shards.folders}
-    tell = say_once if job.ranks.is_first else (lambda _: None)
+    namespaces = {folder.patients for folder in run.shards.folders}
+    tell = say_once if run.ranks.is_first else (lambda _: None)
     for entry in seen:
         if name == entry["split"] == "dev":
             continue
-        run = entry["run"] or job.run
+        folder = entry["run"] or run.folder
         if entry["split"] == UNKNOWN:
-            tell(_describe_unknown(run, f"images of {name}"))
+            tell(_describe_unknown(folder, f"images of {name}"))
         if sets := sorted(namespaces & {*entry["sets"]}):
-            text = f"{job.shards}, {name}: {run} was trained on images of {', '.join(sets)}"
-            if not (job.setup.shared_images or at_home):
+            text = f"{run.shards}, {name}: {folder} was trained on images of {', '.join(sets)}"
+            if not (run.setup.shared_images or at_home):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: if on these, figures are too good")
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
-            text = f"{job.shards}, {name}: {run} trained on {count:,} of these {len(images):,} images"
-            if not (job.setup.shared_images or (at_home and not entry["run"])):
+            text = f"{run.shards}, {name}: {folder} trained on {count:,} of these {len(images):,} images"
+            if not (run.setup.shared_images or (at_home and not entry["run"])):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: its scores of them are too good")
         if count := len(np.unique(patients[known])):
             tell(
-                f"{job.shards}, {name}: {count:,} patient names are among those that {run} trained on: if they are "
+                f"{run.shards}, {name}: {count:,} patient names are among those that {folder} trained on: if they are "
                 "the same people, figures are too good"
             )
     if any(entry["split"] == UNKNOWN or not namespaces.isdisjoint(entry["sets"]) for entry in seen):
@@ -116,20 +116,20 @@ def check_seen(
     return {"shared_patients": len(np.unique(patients[shared_patients])), "shared_images": int(shared_images.sum())}
 
 
-def report_seen(contents: Sequence[int], seen: Seen, run: Path) -> None:
+def report_seen(contents: Sequence[int], seen: Seen, folder: Path) -> None:
     """Say how many of some images, by CRC-32 and length as uint64, a run was trained on, or that this is not known."""
     known = {content for entry in seen for content in entry["images"].numpy().view(np.uint64).tolist()}
     if count := sum(content in known for content in contents):
-        say(f"{run} was trained on {count:,} of these {len(contents):,} images: its scores of them are too good")
+        say(f"{folder} was trained on {count:,} of these {len(contents):,} images: its scores of them are too good")
     for entry in seen:
         if entry["split"] == UNKNOWN or entry["sets"]:
-            say(_describe_unknown(entry["run"] or run, "these images", entry["sets"]))
+            say(_describe_unknown(entry["run"] or folder, "these images", entry["sets"]))
 
 
-def _describe_unknown(run: object, images: str, sets: Sequence[str] = ()) -> str:
+def _describe_unknown(folder: object, images: str, sets: Sequence[str] = ()) -> str:
     if sets:
-        return f"{run}: it was trained on {', '.join(sets)}: if on {images}, figures are too good"
-    return f"{run}: what it was trained on is not known: if on {images}, figures are too good"
+        return f"{folder}: it was trained on {', '.join(sets)}: if on {images}, figures are too good"
+    return f"{folder}: what it was trained on is not known: if on {images}, figures are too good"
 
 
 def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:

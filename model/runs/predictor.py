@@ -1,7 +1,7 @@
 """The networks of a run or an ensemble, with everything needed to score images.
 
 predictor = open_predictor([Path("runs/first")])
-predictor.score(job, "valid").images.scores                        # [N, L] of a split of the job's shards
+predictor.score(run, "valid").images.scores                        # [N, L] of a split of the run's shards
 predictor.score_files([[Path("image.png")]], workers=4)            # [1, L] of files, and the unreadable ones
 predictor.decide("youden")                                         # calibration and thresholds
 
@@ -32,8 +32,8 @@ from model.predict import choose_precision, find_device, network_inputs, predict
 from model.ranks import ALONE, Ranks, requested
 from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
 from model.runs.folder import fuse
-from model.runs.job import Job, Selected, open_rows, read_batches
 from model.runs.overlap import Seen, check_seen, report_seen
+from model.runs.run import Run, Selected, open_rows, read_batches
 from model.runs.views import read_view
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, sync_folder, write_json
@@ -86,7 +86,7 @@ class Decision(NamedTuple):
 class Network(NamedTuple):
     """A network with the contents of a run's best.pt; in an ensemble, also the run's calibration."""
 
-    run: Path
+    folder: Path
     config: Config
     network: nn.Module
     pixels: Mapping[str, float]  # mean and std of the input's gray levels
@@ -118,25 +118,27 @@ class Predictor:
     def members(self) -> list[Network]:
         """The networks with their best weights. Raises CheckpointError, and DataError if a calibration is missing."""
         several = len(self.configs) > 1  # members of an ensemble, whose calibrated scores are averaged
-        fits = [read_calibration(run, one.labels)["image"] if several else None for run, one in self.configs.items()]
-        pairs = zip(self.configs.items(), fits, strict=True)
-        return [load_network(run, config, fit, self.ranks) for (run, config), fit in pairs]
+        networks = []
+        for folder, config in self.configs.items():
+            fit = read_calibration(folder, config.labels)["image"] if several else None
+            networks.append(load_network(folder, config, fit, self.ranks))
+        return networks
 
-    def score(self, job: Job, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
-        """The scores of a split of the job's shards, under its conditions; `alter` changes the images first.
+    def score(self, run: Run, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
+        """The scores of a split of the run's shards, under its conditions; `alter` changes the images first.
 
         If a split has more samples than `most`, scores every second, third, … Before scoring, raises DataError if the
         weights were trained on any of the images (`check_seen`). Raises CheckpointError and Stopped.
         """
-        jobs = [score_as(job, member.run, member.config) for member in self.members]
-        counts = [check_seen(own, name, member.seen) for own, member in zip(jobs, self.members, strict=True)]
+        runs = [score_as(run, member.folder, member.config) for member in self.members]
+        counts = [check_seen(own, name, member.seen) for own, member in zip(runs, self.members, strict=True)]
         scores: dict[str, Floats] = {}
-        for member, own in zip(self.members, jobs, strict=True):
+        for member, own in zip(self.members, runs, strict=True):
             chosen = open_rows(own, name)
             if len(chosen.rows) > most:
                 chosen = replace(chosen, samples=chosen.samples.thin(math.ceil(len(chosen.rows) / most)))
             images, table = score_split(own, member.network, chosen, member.pixels, alter)
-            scores[str(member.run)] = member.calibrate(images.scores)
+            scores[str(member.folder)] = member.calibrate(images.scores)
         mean = np.mean(list(scores.values()), axis=0)
         known = [key for key in counts[0] if all(key in count for count in counts)]
         shared = {key: max(count[key] for count in counts) for key in known}
@@ -172,7 +174,7 @@ class Predictor:
         if self.folder is None:
             if threshold != "none" or level == "study":
                 option = "threshold" if level == "image" else "group_by"
-                runs = " ".join(f"--run {run}" for run in self.configs)
+                runs = " ".join(f"--run {folder}" for folder in self.configs)
                 command = f"python -m train evaluate {runs} --out FOLDER"
                 raise DataError(f"`{option}` needs an ensemble's folder; first run: {command}; then `run` FOLDER")
             return Decision(None, [], threshold)
@@ -188,70 +190,70 @@ class Predictor:
         return Decision(chosen, values, rule, combine)
 
     def calibrate(
-        self, job: Job, sensitivity: float = 0.9, combine: str = "max", dev: Scored | None = None
+        self, run: Run, sensitivity: float = 0.9, combine: str = "max", dev: Scored | None = None
     ) -> dict[str, Any]:
         """The calibration for these settings, computed on dev if missing; `dev` are the scores, if known.
 
         Raises DataError if thresholds would have to be chosen on other shards than the run's.
         """
-        path = job.run / "calibration.json"
+        path = run.folder / "calibration.json"
         chosen = {"sensitivity": sensitivity, "combine": combine}
         calibration = read_object(path) if path.exists() else {}
         if chosen.items() <= calibration.items():
             return calibration
-        if job.shards.digest != job.config.manifest:  # their dev may have patients of the run's train
-            command = f"python -m train evaluate --run {job.run} --sensitivity {sensitivity} --study {combine}"
+        if run.shards.digest != run.config.manifest:  # their dev may have patients of the run's train
+            command = f"python -m train evaluate --run {run.folder} --sensitivity {sensitivity} --study {combine}"
             raise DataError(
-                f"{job.shards}: thresholds are chosen on dev of the shards that {job.run} was trained on; "
+                f"{run.shards}: thresholds are chosen on dev of the shards that {run.folder} was trained on; "
                 f"first run: {command} with those"
             )
-        dev = self.score(job, "dev").images if dev is None else dev
-        calibration = calibrate(job.config.labels, dev, sensitivity, combine)
+        dev = self.score(run, "dev").images if dev is None else dev
+        calibration = calibrate(run.config.labels, dev, sensitivity, combine)
         write_json(path, calibration)
         return calibration
 
 
-def score_as(job: Job, run: Path, config: Config) -> Job:
-    """The job in which another run scores the images of a job."""
-    chosen = {name: getattr(job.config, name) for name in ("where", "views", "limit", "max_bad", "dev", "seed")}
-    return replace(job, run=run, config=replace(config, **chosen))
+def score_as(run: Run, folder: Path, config: Config) -> Run:
+    """The run in a folder, to score the images of another."""
+    chosen = {name: getattr(run.config, name) for name in ("where", "views", "limit", "max_bad", "dev", "seed")}
+    return replace(run, folder=folder, config=replace(config, **chosen))
 
 
-def of_job(job: Job) -> Predictor:
-    """The predictor of a run that a job trains."""
-    return Predictor(str(job.run), job.run, {job.run: job.config}, job.ranks)
+def of_run(run: Run) -> Predictor:
+    """The predictor of a single run."""
+    return Predictor(str(run.folder), run.folder, {run.folder: run.config}, run.ranks)
 
 
 def open_predictor(runs: Sequence[Path]) -> Predictor:
     """The run or ensemble of --run. Raises DataError, with the option, for runs that cannot form an ensemble."""
     folder = runs[0] if len(runs) == 1 else None
     runs = runs if folder is None else read_members(folder)
-    configs = {run: read_config(run) for run in runs}
+    configs = {member: read_config(member) for member in runs}
     if len(configs) < len(runs):
         raise DataError("`run` names the same run twice")
     first, config = next(iter(configs.items()))
     # The seed decides which patients are held out as dev: with another seed, they are in train.
     same = SAME if config.dev is None else SAME | {"seed": "seed"}
-    for run, other in configs.items():
+    for member, other in configs.items():
         for field, option in same.items():
             value, other_value = getattr(config, field), getattr(other, field)
             if value != other_value:
-                raise DataError(f"{first} and {run} make no ensemble: `{option}` is {value} and {other_value}")
+                raise DataError(f"{first} and {member} make no ensemble: `{option}` is {value} and {other_value}")
     return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
 
 
-def open_scoring(predictor: Predictor, out: Path | None, setup: Setup) -> Job:
-    """The job that scores shards, into the run's folder or, for an ensemble, `out` or a folder next to its members.
+def open_scoring(predictor: Predictor, out: Path | None, setup: Setup) -> Run:
+    """The run that scores shards, into the run's folder or, for an ensemble, `out` or a folder next to its members.
 
     Calibrates members that are not calibrated. Raises DataError if another run or ensemble uses the folder.
     """
     shards = setup.open()
-    jobs = [Job(config, shards, run, setup) for run, config in predictor.configs.items()]
-    if len(jobs) == 1:
-        return jobs[0]
-    folder = predictor.folder or out or jobs[0].run.parent / "+".join(job.run.name for job in jobs)[:200]
+    runs = [Run(config, shards, folder, setup) for folder, config in predictor.configs.items()]
+    if len(runs) == 1:
+        return runs[0]
+    folder = predictor.folder or out or runs[0].folder.parent / "+".join(run.folder.name for run in runs)[:200]
     path = folder / ENSEMBLE
-    best = {os.path.relpath(job.run, folder): hash_file(job.run / "best.pt") for job in jobs}
+    best = {os.path.relpath(run.folder, folder): hash_file(run.folder / "best.pt") for run in runs}
     before = (read_object(path).get("members") or {}) if path.exists() else {}
     if (folder / "config.json").exists() or (before and set(before) != set(best)):
         raise DataError(f"{folder} is a run, or an ensemble of others; choose another `out`")
@@ -259,24 +261,24 @@ def open_scoring(predictor: Predictor, out: Path | None, setup: Setup) -> Job:
         folder.mkdir(parents=True, exist_ok=True)
         forget_calibration(folder)
         write_json(path, {"members": best})
-    for job in jobs:
-        if not (job.run / "calibration.json").exists():
-            of_job(job).calibrate(job)
-    return replace(jobs[0], run=folder)
+    for run in runs:
+        if not (run.folder / "calibration.json").exists():
+            of_run(run).calibrate(run)
+    return replace(runs[0], folder=folder)
 
 
-def forget_calibration(run: Path) -> None:
+def forget_calibration(folder: Path) -> None:
     """Remove the calibration of weights, before they are replaced."""
-    if (path := run / "calibration.json").exists():
+    if (path := folder / "calibration.json").exists():
         path.unlink()
-        sync_folder(run)
+        sync_folder(folder)
 
 
-def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:
+def read_calibration(folder: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:
     """A run's calibration, checked at a level. Raises DataError; if it is missing, with the command that makes it."""
-    path = run / "calibration.json"
+    path = folder / "calibration.json"
     if not path.exists():
-        raise DataError(f"{run}: no {path.name}; first run: python -m train evaluate --run {run}")
+        raise DataError(f"{folder}: no {path.name}; first run: python -m train evaluate --run {folder}")
     document = read_object(path)
     try:
         for fit in (document[level][label] for label in labels):
@@ -288,23 +290,23 @@ def read_calibration(run: Path, labels: Sequence[str], level: str = "image") -> 
 
 
 def load_network(
-    run: Path, config: Config, calibration: Mapping[str, Calibration] | None = None, ranks: Ranks = ALONE
+    folder: Path, config: Config, calibration: Mapping[str, Calibration] | None = None, ranks: Ranks = ALONE
 ) -> Network:
     """The network of a run, on the GPU if there is one. Raises CheckpointError."""
-    best = load_checkpoint(run / "best.pt", ranks)
+    best = load_checkpoint(folder / "best.pt", ranks)
     network = fuse(build_network(config.arch, len(name_outputs(config)), config.shape), config)
-    with refused(run / "best.pt"):
+    with refused(folder / "best.pt"):
         network.load_state_dict(best["weights"])
         pixels = {name: float(best["pixels"][name]) for name in ("mean", "std")}
         if not pixels["std"] > 0:
             raise ValueError("pixels")
         about = (pixels, ImageOptions(**best["images"]), best["seen"], best["dataset"], calibration)
     network = network.to(find_device()).to(memory_format=torch.channels_last)
-    return Network(run, config, network, *about)
+    return Network(folder, config, network, *about)
 
 
 def score_split(
-    job: Job, network: nn.Module, chosen: Selected, pixels: Mapping[str, float], alter: Alteration | None = None
+    run: Run, network: nn.Module, chosen: Selected, pixels: Mapping[str, float], alter: Alteration | None = None
 ) -> tuple[Scored, pa.Table]:
     """A network's scores of the chosen rows, with targets and masks that exclude uncertain cells; and the table rows.
 
@@ -312,10 +314,10 @@ def score_split(
     Each rank scores its share of the rows and gets all scores. `alter` changes the images of each batch.
     Raises Stopped.
     """
-    config, split, rows = job.config, chosen.split, chosen.rows
+    config, split, rows = run.config, chosen.split, chosen.rows
     columns = learned_columns(config)
-    plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=job.ranks.rank, ranks=job.ranks.count)
-    batches = read_batches(job, chosen, chosen.truth, plan)
+    plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=run.ranks.rank, ranks=run.ranks.count)
+    batches = read_batches(run, chosen, chosen.truth, plan)
     bad, scored = np.zeros(len(rows)), np.zeros(len(rows), bool)
 
     def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
@@ -326,17 +328,17 @@ def score_split(
             bad[[start + position for position in batch.bad]] = 1
             scored[start : start + len(batch.target)] = True
             images = batch.images if alter is None else alter(batch.images)
-            yield network_inputs(images, batch.present, batch.projection, job.device, config.fusion is not None)
-            advance(min(int(scored.sum()) * job.ranks.count, len(rows)), len(rows))
+            yield network_inputs(images, batch.present, batch.projection, run.device, config.fusion is not None)
+            advance(min(int(scored.sum()) * run.ranks.count, len(rows)), len(rows))
 
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
-        own_scores = predict_scores(network, columns, samples(advance), pixels["mean"], pixels["std"], job.precision)
-    job.ranks.agree()
+        own_scores = predict_scores(network, columns, samples(advance), pixels["mean"], pixels["std"], run.precision)
+    run.ranks.agree()
     scores = np.zeros((len(rows), len(columns)))
     scores[scored] = own_scores
-    scores = job.ranks.sum(scores)
-    chosen.bad.update(job.ranks.unite(chosen.bad.rows))
-    usable = job.ranks.sum(bad) == 0
+    scores = run.ranks.sum(scores)
+    chosen.bad.update(run.ranks.unite(chosen.bad.rows))
+    usable = run.ranks.sum(bad) == 0
     rows = rows[usable]
     facts = split.table.take(rows)
     target, mask = (cells[rows][:, columns] for cells in chosen.truth)
@@ -375,5 +377,5 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
         columns, scale = learned_columns(config), (member.pixels["mean"], member.pixels["std"])
         scores = predict_scores(member.network, columns, batches(advance), *scale, precision)
     scores[~usable] = np.nan
-    report_seen(contents, member.seen, member.run)
+    report_seen(contents, member.seen, member.folder)
     return scores, bad

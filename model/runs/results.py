@@ -23,11 +23,11 @@ from model.runs.config import (
     parse_choice,
     read_config,
 )
-from model.runs.folder import fuse, open_run, record_environment, result_name, save_best
-from model.runs.job import Job, open_images, open_job, open_rows, open_split, selected_splits
+from model.runs.folder import begin_run, fuse, record_environment, result_name, save_best
 from model.runs.overlap import check_seen, list_seen, read_seen
-from model.runs.predictor import Predictor, Result, forget_calibration, of_job, score_as
+from model.runs.predictor import Predictor, Result, forget_calibration, of_run, score_as
 from model.runs.report import render_model_card, render_report
+from model.runs.run import Run, open_images, open_rows, open_run, open_split, selected_splits
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import parse_object, sync_folder, write_atomically
 from pipeline.base.store import read_bytes
@@ -45,29 +45,30 @@ from pipeline.stream.samples import find_places
 TRAIN_SAMPLES = 2000  # number of train samples that a sweep scores
 
 
-def finish_run(job: Job) -> dict[str, Evaluation]:
+def finish_run(run: Run) -> dict[str, Evaluation]:
     """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md.
 
     Returns the evaluations, by split, on the first rank.
     """
-    splits = selected_splits(job)
+    splits = selected_splits(run)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
-    predictor = of_job(job)
-    results = {name: predictor.score(job, name) for name in names}
-    if not job.ranks.is_first:
+    predictor = of_run(run)
+    results = {name: predictor.score(run, name) for name in names}
+    if not run.ranks.is_first:
         return {}
-    forget_calibration(job.run)  # from an earlier best.pt
-    evaluations = {name: evaluate(job, predictor, results[name], Assessment(split=name)) for name in names}
-    write_report(job, predictor, job.run / "report.html", evaluations, {name: results[name].images for name in names})
+    forget_calibration(run.folder)  # from an earlier best.pt
+    evaluations = {name: evaluate(run, predictor, results[name], Assessment(split=name)) for name in names}
+    images = {name: results[name].images for name in names}
+    write_report(run, predictor, run.folder / "report.html", evaluations, images)
     data = {}
-    for name in names if job.config.adopted else splits:
-        split, rows = open_images(job, name)
+    for name in names if run.config.adopted else splits:
+        split, rows = open_images(run, name)
         data[name] = count_rows(split.table.take(rows))
     card = render_model_card(
-        job.run.name, describe_settings(job, predictor), data, [*evaluations.values()], job.manifest.dataset
+        run.folder.name, describe_settings(run, predictor), data, [*evaluations.values()], run.manifest.dataset
     )
-    sync_folder(job.run)  # the card marks a finished run
-    write_atomically(job.run / "model-card.md", card.encode())
+    sync_folder(run.folder)  # the card marks a finished run
+    write_atomically(run.folder / "model-card.md", card.encode())
     return evaluations
 
 
@@ -90,7 +91,7 @@ def choose_settings(start: Start, config: Config, source: Path) -> Config:
     return replace(config, labels=known, uncertain="ignore", adopted=str(source))  # ignore: there is no training
 
 
-def adopt_weights(config: Config, setup: Setup, run: Path) -> None:
+def adopt_weights(config: Config, setup: Setup, folder: Path) -> None:
     """Write a run of the weights of `setup.init`, with its evaluations on dev and valid.
 
     Raises DataError if the weights do not fit or were trained on dev or valid, or if the folder is another run's.
@@ -98,113 +99,113 @@ def adopt_weights(config: Config, setup: Setup, run: Path) -> None:
     start = open_start(config, setup.init)
     if start is None or setup.init is None:
         raise SettingError("adopt needs the weights of `init`: a file, a run, or published ones")
-    job = open_job(choose_settings(start, config, setup.init), setup, run)
-    outputs = name_outputs(job.config)
-    torch.manual_seed(job.config.seed)  # for the unused outputs
-    network = build_network(job.config.arch, len(outputs), job.config.shape)
-    say(f"{start.path}: {load_initial(network, start, outputs, job.config.labels)}")
-    seen = list_seen(job, ["dev"])
-    open_run(run, job.config)
-    record_environment(job)
-    save_best(job, seen, fuse(network, job.config).state_dict(), 0.0, math.nan)
-    finish_run(job)
+    run = open_run(choose_settings(start, config, setup.init), setup, folder)
+    outputs = name_outputs(run.config)
+    torch.manual_seed(run.config.seed)  # for the unused outputs
+    network = build_network(run.config.arch, len(outputs), run.config.shape)
+    say(f"{start.path}: {load_initial(network, start, outputs, run.config.labels)}")
+    seen = list_seen(run, ["dev"])
+    begin_run(folder, run.config)
+    record_environment(run)
+    save_best(run, seen, fuse(network, run.config).state_dict(), 0.0, math.nan)
+    finish_run(run)
 
 
-def evaluate_split(job: Job, predictor: Predictor, how: Assessment) -> Evaluation:
+def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluation:
     """Score a split, under other conditions if `how` has any, judge the scores, and write the files of `name_results`.
 
     Raises DataError as `check_seen` does, also for the runs to compare with, and for unusable files of scores.
     """
     split = how.split
-    config = replace(job.config, where=how.where or job.config.where, views=how.views or job.config.views)
-    scored = replace(job, config=config)
+    config = replace(run.config, where=how.where or run.config.where, views=how.views or run.config.views)
+    scored = replace(run, config=config)
     readers = {name: open_scores(path, calls=True) for name, path in name_files(how.readers).items()}
-    others = {run: open_others(job, split, run) for run in how.against}
+    others = {folder: open_others(run, split, folder) for folder in how.against}
     if len(others) > 1 and config.fusion is None:
         raise DataError("`against` takes one run to compare with a run on images; a run on studies takes several")
-    for run in others:
-        check_seen(score_as(scored, run, read_config(run)), split, read_seen(run))
-    if split != "dev" or job.shards.digest != config.manifest:
-        predictor.calibrate(job, how.sensitivity, how.study)  # before the split is scored
+    for folder in others:
+        check_seen(score_as(scored, folder, read_config(folder)), split, read_seen(folder))
+    if split != "dev" or run.shards.digest != config.manifest:
+        predictor.calibrate(run, how.sensitivity, how.study)  # before the split is scored
     result = predictor.score(scored, split)
     table, calls, against = result.table, dict[str, Floats](), dict[str, Floats]()
     for name, reader in readers.items():
         calls[name] = reader.take(reader.align(table, say), config.labels)
-    for run, scores in others.items():
+    for folder, scores in others.items():
         if config.fusion is None:
-            against[str(run)] = scores.take_all(table, config.labels)
+            against[str(folder)] = scores.take_all(table, config.labels)
             continue
-        images = open_split(job, split).table
+        images = open_split(run, split).table
         values = scores.take(scores.align(images, ignore), config.labels)
         combined = combine_views(images, values, result.images)
-        against |= {f"{run}{views}": studies for views, studies in combined.items()}
-    level = round(job.manifest.pixels["mean"])  # train's mean gray level, which covers parts
+        against |= {f"{folder}{views}": studies for views, studies in combined.items()}
+    level = round(run.manifest.pixels["mean"])  # train's mean gray level, which covers parts
     altered = {
         name: predictor.score(scored, split, partial(alter, level)).images.scores
         for name, alter in (ALTERATIONS if how.sanity else {}).items()
     }
     beside = Beside(against, calls, result.members, altered)
-    evaluation = evaluate(job, predictor, result, how, beside)
-    *_, report = name_results(job, how)
+    evaluation = evaluate(run, predictor, result, how, beside)
+    *_, report = name_results(run, how)
     write_report(scored, predictor, report, {split: evaluation}, {split: result.images})
     return evaluation
 
 
 def evaluate(
-    job: Job,
+    run: Run,
     predictor: Predictor,
     result: Result,
     how: Assessment,
     beside: Beside = Beside(),  # noqa: B008 - immutable
 ) -> Evaluation:
-    """Write a predictor's scores of a split, judge them, and write the evaluation into the job's folder.
+    """Write a predictor's scores of a split, judge them, and write the evaluation into the run's folder.
 
     Raises DataError if thresholds would have to be chosen on other shards than the run's.
     """
-    config, scored, table = job.config, result.images, result.table
-    name, (scores_path, path, _) = how.split, name_results(job, how)
+    config, scored, table = run.config, result.images, result.table
+    name, (scores_path, path, _) = how.split, name_results(run, how)
     write_scores(scores_path, table, config.labels, scored.scores)
     dev = scored if name == "dev" and not how.conditions else None
-    calibration = predictor.calibrate(job, how.sensitivity, how.study, dev)
-    split = open_split(job, name)
-    edge = measure_edges(split, find_places(split, table), job.setup.workers)
+    calibration = predictor.calibrate(run, how.sensitivity, how.study, dev)
+    split = open_split(run, name)
+    edge = measure_edges(split, find_places(split, table), run.setup.workers)
     evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.conditions)} if how.conditions else {}
     evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside._replace(edge=edge))
-    if job.shards.digest != config.manifest:
-        compare_with_own(job, scored, evaluation)
+    if run.shards.digest != config.manifest:
+        compare_with_own(run, scored, evaluation)
     write_atomically(path, evaluation.to_json())
     return evaluation
 
 
-def name_results(job: Job, how: Assessment) -> tuple[Path, Path, Path]:
+def name_results(run: Run, how: Assessment) -> tuple[Path, Path, Path]:
     """The files of scores, evaluation and report: other conditions and comparisons do not overwrite the plain ones."""
-    name = result_name(job.config, job.shards.digest, how.split)
+    name = result_name(run.config, run.shards.digest, how.split)
     if how.conditions:
         name += f"-{hashlib.sha256(' '.join(how.conditions).encode()).hexdigest()[:8]}"
-    compared = f"{name}-against-{'-'.join(run.name for run in how.against)}"[:200] if how.against else name
-    evaluation, report = job.run / f"evaluation-{compared}.json", job.run / f"report-{compared}.html"
-    return job.run / f"scores-{name}.arrow", evaluation, report
+    compared = f"{name}-against-{'-'.join(folder.name for folder in how.against)}"[:200] if how.against else name
+    evaluation, report = run.folder / f"evaluation-{compared}.json", run.folder / f"report-{compared}.html"
+    return run.folder / f"scores-{name}.arrow", evaluation, report
 
 
-def open_others(job: Job, split: str, run: Path) -> Scores:
+def open_others(run: Run, split: str, folder: Path) -> Scores:
     """Another run's scores of a split. If it has none, raises DataError with the command that writes them."""
     # First its scores of these shards; else of the run's shards, which may have the same images.
-    for name in (result_name(read_config(run), job.shards.digest, split), split):
-        if (path := run / f"scores-{name}.arrow").exists():
+    for name in (result_name(read_config(folder), run.shards.digest, split), split):
+        if (path := folder / f"scores-{name}.arrow").exists():
             return open_scores(path)
-    command = f"python -m train evaluate --run {run} --split {split}"
-    raise DataError(f"`against` {run}: no scores-{split}.arrow; first run: {command}")
+    command = f"python -m train evaluate --run {folder} --split {split}"
+    raise DataError(f"`against` {folder}: no scores-{split}.arrow; first run: {command}")
 
 
-def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
+def compare_with_own(run: Run, scored: Scored, evaluation: Evaluation) -> None:
     """Compare results on other shards with those on the run's own valid split.
 
     If there is no comparison, the head's `own` gives the reason. Raises DataError if the run's evaluation is damaged.
     """
-    path = job.run / "evaluation-valid.json"
-    command, data = f"python -m train evaluate --run {job.run}", job.manifest.dataset.get("title", "")
-    evaluation.head |= {"data": data, "manifest": job.shards.digest, "own": ""}
+    path = run.folder / "evaluation-valid.json"
+    command, data = f"python -m train evaluate --run {run.folder}", run.manifest.dataset.get("title", "")
+    evaluation.head |= {"data": data, "manifest": run.shards.digest, "own": ""}
     if not path.exists():
         evaluation.head["own"] = f"{path} is missing, so there is no comparison with it; first run: {command}"
         say(evaluation.head["own"])
@@ -213,34 +214,34 @@ def compare_with_own(job: Job, scored: Scored, evaluation: Evaluation) -> None:
 
 
 def write_report(
-    job: Job, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
+    run: Run, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
 ) -> None:
     """Write the report page of evaluated splits; `images` are their scores."""
-    settings, dataset = describe_settings(job, predictor), job.manifest.dataset
-    page = render_report(job.run.name, settings, read_history(job.run), [*evaluations.values()], images, dataset)
+    settings, dataset = describe_settings(run, predictor), run.manifest.dataset
+    page = render_report(run.folder.name, settings, read_history(run.folder), [*evaluations.values()], images, dataset)
     write_atomically(file, page.encode())
 
 
-def read_history(run: Path) -> list[dict[str, Any]]:
+def read_history(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; none for an ensemble or a run that was not trained. Raises DataError."""
-    path = run / "metrics.jsonl"
+    path = folder / "metrics.jsonl"
     return [parse_object(path, line) for line in read_bytes(path).splitlines()] if path.exists() else []
 
 
-def describe_settings(job: Job, predictor: Predictor) -> dict[str, object]:
+def describe_settings(run: Run, predictor: Predictor) -> dict[str, object]:
     """A run's configuration; for an ensemble, the members and their configurations: all values if they differ."""
-    chosen = {"where": job.config.where, "views": job.config.views}
+    chosen = {"where": run.config.where, "views": run.config.views}
     configs = [asdict(config) | chosen for config in predictor.configs.values()]
     settings = {
         name: value if all(one[name] == value for one in configs) else "; ".join(str(one[name]) for one in configs)
         for name, value in configs[0].items()
     }
-    if job.config.adopted:
+    if run.config.adopted:
         default = {one.name: one.default for one in fields(Config)} | {"uncertain": settings["uncertain"]}
         shown = ("labels", "views", "blank")  # others describe the weights only if they were set
         settings = {name: value for name, value in settings.items() if name in shown or value != default[name]}
     if settings["views"] == "all":  # views in the shards, which may have fewer
-        settings["views"] = job.manifest.options["views"]
+        settings["views"] = run.manifest.options["views"]
     return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
 
 
@@ -257,30 +258,30 @@ def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
     return line["macro_auroc"] if score is None else score
 
 
-def read_scored(job: Job, run: Path, name: str) -> Scored:
-    """The scores that a run has written of a split, with truth, for the samples of a job; NaN for samples without."""
-    chosen = open_rows(job, name)
-    table, columns = chosen.split.table.take(chosen.rows), np.array(learned_columns(job.config))
+def read_scored(run: Run, folder: Path, name: str) -> Scored:
+    """The scores that a run has written of a split, with truth, for the samples of a run; NaN for samples without."""
+    chosen = open_rows(run, name)
+    table, columns = chosen.split.table.take(chosen.rows), np.array(learned_columns(run.config))
     cells = np.ix_(chosen.rows, columns)
-    written = open_scores(run / f"scores-{name}.arrow")
-    scores = written.take(written.align(table, ignore), job.config.labels)
+    written = open_scores(folder / f"scores-{name}.arrow")
+    scores = written.take(written.align(table, ignore), run.config.labels)
     return Scored.of(scores, chosen.truth.target[cells], chosen.truth.mask[cells], table)
 
 
-def measure_run(job: Job) -> dict[str, float | None]:
+def measure_run(run: Run) -> dict[str, float | None]:
     """A finished run's AUROC on dev, which chose the checkpoint, and AUROCs to compare.
 
     Those are on dev, part of train, and valid (with limits), over the labels that chose the checkpoint and have both
     classes in all three; `same_labels` is their number.
     """
-    names = job.config.labels
-    scored = {"train": of_job(job).score(job, "train", most=TRAIN_SAMPLES).images}
-    for split in {"dev", "valid"} & {*selected_splits(job)}:
-        images = read_scored(job, job.run, split)
+    names = run.config.labels
+    scored = {"train": of_run(run).score(run, "train", most=TRAIN_SAMPLES).images}
+    for split in {"dev", "valid"} & {*selected_splits(run)}:
+        images = read_scored(run, run.folder, split)
         scored[split] = images.take(~np.isnan(images.scores).any(axis=1))
     areas = {split: measure_areas(*images[:4]) for split, images in scored.items()}
     means = average(names, areas["dev"])
-    chosen = parse_choice(job.config.choose_by) or means["macro10"] or means["macro"]
+    chosen = parse_choice(run.config.choose_by) or means["macro10"] or means["macro"]
     undefined = np.any([np.isnan(each.value) for each in areas.values()], axis=0)
     same = [name for name in chosen if not undefined[names.index(name)]]
     figures = {split: combine(each, weigh_labels(names, same)) for split, each in areas.items()}

@@ -45,7 +45,7 @@ STATES = {"unfinished": TrialState.RUNNING, "complete": TrialState.COMPLETE, "fa
 class Trial:
     """A trial of a sweep."""
 
-    run: Path  # run folder
+    folder: Path  # run folder
     parameters: Point  # the varying ones
     number: int  # in order of start
     point: Point  # all parameters
@@ -61,9 +61,9 @@ class Trial:
 
     def write(self) -> None:
         """Write the record, next to the run folder."""
-        hidden = ("run", "parameters")
+        hidden = ("folder", "parameters")
         record = {name: value for name, value in vars(self).items() if name not in hidden}
-        write_json(self.run.with_name(f"{self.run.name}.json"), record)
+        write_json(self.folder.with_name(f"{self.folder.name}.json"), record)
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ def begin_trial(sweep: Sweep, lock: ExitStack) -> tuple[Trial | None, bool]:
         points = [trial.point for trial in trials if trial.state == "unfinished"] + fresh
     for point in points:
         name = "-".join(f"{parameter}={point[parameter]}" for parameter in sweep.varying) or "only"
-        run = sweep.folder / "trials" / name.replace("/", "_")
-        new = Trial(run, {name: point[name] for name in sweep.varying}, len(trials), point)
+        folder = sweep.folder / "trials" / name.replace("/", "_")
+        new = Trial(folder, {name: point[name] for name in sweep.varying}, len(trials), point)
         if next((trial for trial in trials if trial.point == point), new).state != "unfinished":
             continue
         try:
             # Next to the run folder, which has the trainer's lock.
-            lock.enter_context(locked(run.with_name(f"{run.name}.lock"), wait=0))
+            lock.enter_context(locked(folder.with_name(f"{folder.name}.lock"), wait=0))
         except TimeoutError:
             busy = True
             continue
@@ -180,7 +180,7 @@ def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
     say(f"Trial {trial.number}: {', '.join(f'{name} {value}' for name, value in trial.parameters.items())}")
     start, ending = time.monotonic(), ""
     try:
-        trial.figures = train_point(trial.point, trial.run)
+        trial.figures = train_point(trial.point, trial.folder)
         trial.state, ending = "complete", f"dev AUROC {trial.dev:.4f} ({sweep.choice})"
     except OUTCOMES as error:
         trial.state, trial.error, ending = "failed", str(error), f"failed: {error}"

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from model.runs.config import parse_choice
-from model.runs.job import Job
 from model.runs.results import choice_score, read_history, read_scored
+from model.runs.run import Run
 from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically, write_csv
@@ -42,12 +42,12 @@ class Setting(NamedTuple):
     less: Figure  # value, low, high; paired by patient
 
 
-def compare_settings(job: Job, trials: Sequence[Trial]) -> list[Setting]:
-    """The settings, by their trials' mean AUROC on the dev split of a job's shards, the best first.
+def compare_settings(run: Run, trials: Sequence[Trial]) -> list[Setting]:
+    """The settings, by their trials' mean AUROC on the dev split of a run's shards, the best first.
 
     Differences are on the samples that all trials scored, and on the labels that choose checkpoints.
     """
-    labels = job.config.labels
+    labels = run.config.labels
     groups: dict[str, list[Trial]] = {}
     scored: dict[int, Scored] = {}
     for trial in rank(trials):
@@ -55,13 +55,13 @@ def compare_settings(job: Job, trials: Sequence[Trial]) -> list[Setting]:
             values = {NAMES.get(name, name): value for name, value in trial.parameters.items() if name != "seed"}
             name = ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
             groups.setdefault(name or "all seeds", []).append(trial)
-            scored[trial.number] = read_scored(job, trial.run, "dev")
+            scored[trial.number] = read_scored(run, trial.folder, "dev")
     if not groups:
         return []
     usable = ~np.isnan([images.scores for images in scored.values()]).any(axis=(0, 2))
     areas = {number: measure_areas(*images.take(usable)[:4]) for number, images in scored.items()}
     means = average(labels, next(iter(areas.values())))
-    share = weigh_labels(labels, parse_choice(job.config.choose_by) or means["macro10"] or means["macro"])
+    share = weigh_labels(labels, parse_choice(run.config.choose_by) or means["macro10"] or means["macro"])
     ranked = dict(sorted(groups.items(), key=lambda item: -fmean(trial.dev or 0 for trial in item[1])))
     best, *_ = sides = [[areas[trial.number] for trial in group] for group in ranked.values()]
     settings = []
@@ -89,7 +89,7 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial], settings: Sequence
     """Write sweep.csv and report.html into the sweep's folder; `then` is the command that uses the best setting."""
     choose_by = sweep.options.get("choose_by", "all")
     curves = {
-        trial.number: [(line["epoch"], choice_score(line, choose_by) or 0.0) for line in read_history(trial.run)]
+        trial.number: [(line["epoch"], choice_score(line, choose_by) or 0.0) for line in read_history(trial.folder)]
         for trial in trials
     }
     page = render_sweep(sweep.folder.name, trials, sweep.choice, curves, settings, then)
@@ -104,7 +104,7 @@ def list_rows(trials: Sequence[Trial]) -> Iterator[list[object]]:
     for trial in trials:
         values = [*(trial.figures.get(name) for name in FIGURES), trial.seconds]
         shown = [f"{value:.6f}" if isinstance(value, float) else value for value in values]
-        yield [trial.number, trial.state, *trial.parameters.values(), *shown, trial.run.name]
+        yield [trial.number, trial.state, *trial.parameters.values(), *shown, trial.folder.name]
 
 
 def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:

@@ -91,32 +91,32 @@ def evaluate_command(given: Runs, how: Assessment, setup: Setup) -> int:
         how.out is not None and predictor.folder is not None,
         f"--out is for several --run: the results of {predictor.name} go into its folder",
     )
-    job = open_scoring(predictor, how.out, setup)
+    run = open_scoring(predictor, how.out, setup)
     with pictures(given.png):
-        evaluation = evaluate_split(job, predictor, how)
+        evaluation = evaluate_split(run, predictor, how)
     print_evaluation(evaluation)
-    for path in name_results(job, how):
+    for path in name_results(run, how):
         echo(f"{path}: written")
-    say_next(*TRAIN, "predict", "--run", job.run, "--out", "scores.csv", "IMAGES")
+    say_next(*TRAIN, "predict", "--run", run.folder, "--out", "scores.csv", "IMAGES")
     return 0
 
 
-def print_run(run: Path) -> None:
+def print_run(folder: Path) -> None:
     """Print the evaluations of a run that has ended."""
     from pipeline.look.judged import tabulate_auroc, tabulate_verdicts
     from pipeline.measure.evaluation import MEANS, read_evaluation
 
-    paths = [run / f"evaluation-{name}.json" for name in ("dev", "valid")]
+    paths = [folder / f"evaluation-{name}.json" for name in ("dev", "valid")]
     evaluations = [read_evaluation(path) for path in paths if path.exists()]
     tabulate_auroc(evaluations).print()
     tabulate_verdicts(evaluations[-1]).print()
     name = evaluations[0].best_mean()
     mean = evaluations[0].get("auroc", name)
-    if mean.low is not None and mean.low <= 0.5 and not read_config(run).adopted:
+    if mean.low is not None and mean.low <= 0.5 and not read_config(folder).adopted:
         guess = f"dev AUROC ({MEANS[name]}) is {mean.low:.2f} to {mean.high:.2f}, not distinguishable from chance"
-        say(f"{run}: {guess}: try a lower `lr`, more `epochs` or more images")
-    echo(f"{run / 'report.html'}: the same with curves, intervals and subgroups")
-    say_next(*TRAIN, "predict", "--run", run, "--out", "scores.csv", "IMAGES")
+        say(f"{folder}: {guess}: try a lower `lr`, more `epochs` or more images")
+    echo(f"{folder / 'report.html'}: the same with curves, intervals and subgroups")
+    say_next(*TRAIN, "predict", "--run", folder, "--out", "scores.csv", "IMAGES")
 
 
 def repeat(option: str, values: Iterable[object]) -> list[object]:
@@ -407,28 +407,28 @@ def localize_command(place: Place, given: Localization, setup: Setup) -> int:
 
     Baselines: chance, and the average heat map of other patients.
     """
-    run, splits, boxes, setup = place.run, given.splits, given.boxes, setup.checked(place.run)
-    config = read_config(run)
+    folder, splits, boxes, setup = place.run, given.splits, given.boxes, setup.checked(place.run)
+    config = read_config(folder)
     from model.ranks import listen
     from model.runs.explain import draw_cells, tabulate_localization
     from model.runs.folder import result_name
-    from model.runs.job import Job
+    from model.runs.run import Run
     from pipeline.measure.localization import measure_localization, read_marks
 
     listen()
     collection = setup.open()
-    job = Job(config, collection, run, setup)
+    run = Run(config, collection, folder, setup)
     marks = read_marks(boxes)
-    cells = list(draw_cells(job, splits, marks))
+    cells = list(draw_cells(run, splits, marks))
     if not cells:
         raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run learned")
     results = measure_localization(cells)
-    path = run / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
+    path = folder / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
     write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | results)
     tabulate_localization(results).print()
     all_cells = sum(map(len, marks.values()))
     echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
         say("Warning: the run was trained on train, and dev chose its weights: it has seen these images")
-    say_next(*TRAIN, "evaluate", "--run", run, *repeat("--shards", setup.shards), "--split", splits[0], "--sanity")
+    say_next(*TRAIN, "evaluate", "--run", folder, *repeat("--shards", setup.shards), "--split", splits[0], "--sanity")
     return 0

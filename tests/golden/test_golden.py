@@ -16,8 +16,8 @@ import pytest
 
 import train
 from model.runs.config import Config, Setup, read_config
-from model.runs.folder import open_run
-from model.runs.job import open_job, open_training
+from model.runs.folder import begin_run
+from model.runs.run import open_run, open_training
 from pipeline import open_shards
 from pipeline.base.files import hash_file
 from pipeline.stream.batches import BatchStream
@@ -59,11 +59,11 @@ def test_a_run_has_the_same_configuration_and_first_step(
     originals: Path, tmp_path: Path, name: str, shards: str, changes: dict[str, Any]
 ) -> None:
     config = Config(arch="rescnn", image_size="32", batch_size=4, epochs=2, lr=1e-3, seed=5, amp="off", **changes)
-    job = open_job(config, Setup(shards=(str(originals / shards),), workers=1), tmp_path / "run")
-    open_run(job.run, job.config)
+    job = open_run(config, Setup(shards=(str(originals / shards),), workers=1), tmp_path / "run")
+    begin_run(job.folder, job.config)
     expected = GOLDEN["runs"][name]
-    assert read_config(job.run) == job.config
-    written = json.loads((job.run / "config.json").read_text())
+    assert read_config(job.folder) == job.config
+    written = json.loads((job.folder / "config.json").read_text())
     assert written == expected["config"] | {"manifest": job.config.manifest}
     assert list(written) == list(expected["config"])
     data = open_training(job)

@@ -20,7 +20,7 @@ from model.names import published
 from model.networks import build_network, load_initial
 from model.runs.config import Config, Setup, parse_initial
 from model.runs.folder import describe_start
-from model.runs.job import open_job
+from model.runs.run import open_run
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
 from tests.training import call_train
@@ -172,7 +172,7 @@ def test_a_name_starts_a_run_with_its_network_size_and_scale(
     place = tmp_path / "hub/checkpoints" / row.file
     place.parent.mkdir(parents=True)
     shutil.copy(theirs / "published.pt", place)
-    job = open_job(Config(), Setup(shards=(str(sample_shards[0]),), init=Path(row.name)), tmp_path / "run")
+    job = open_run(Config(), Setup(shards=(str(sample_shards[0]),), init=Path(row.name)), tmp_path / "run")
     assert job.start is not None
     assert job.start.path == place
     assert (job.config.arch, job.config.image_size) == ("densenet121", "224")

@@ -16,7 +16,7 @@ from model.initial import read_start
 from model.names import Input, check_arch, own_input
 from model.networks import Head, build_network, find_head, load_initial
 from model.runs.config import Config, Setup
-from model.runs.job import open_job
+from model.runs.run import open_run
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
@@ -70,7 +70,7 @@ def test_a_run_keeps_the_networks_input(sample_shards: tuple[Path, Manifest], tm
     assert own_input("timm/vit_base_patch16_sapiens2") == Input("1024x768", False, 114.495, 57.63)
     run, shards, arch = tmp_path / "run", sample_shards[0], "timm/vit_tiny_patch16_224?depth=2&drop_path_rate=0.1"
     setup = Setup(shards=(str(shards),))
-    assert open_job(Config(arch=arch, pretrained=False), setup, run).config.image_size == "224"
+    assert open_run(Config(arch=arch, pretrained=False), setup, run).config.image_size == "224"
     path = tmp_path / "weights.pth"
     torch.save({"model": timm.create_model("vit_tiny_patch16_224", depth=2).state_dict()}, path)
     options = ["--shards", shards, "--run", run, "--arch", arch, "--init", path, "--image-size", "96x80"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
-from model.runs.job import Job
+from model.runs.run import Run
 from pipeline.manifest import Manifest
 from tests.training import WORDS, call_train, narrow_networks, open_small_job, quick_ends
 
@@ -19,10 +19,10 @@ def quick_training() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Job]:
+def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Run]:
     """A small job on the sample, in a folder of that name; keyword arguments change its configuration."""
 
-    def make(run: str, *, shards: Path = sample_shards[0], **changes: object) -> Job:
+    def make(run: str, *, shards: Path = sample_shards[0], **changes: object) -> Run:
         return open_small_job(shards, tmp_path / run, **changes)  # type: ignore[arg-type]
 
     return make
@@ -34,14 +34,14 @@ def whole(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPat
     with narrow_networks(), quick_ends():
         job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
         train.train(job)
-    return job.run
+    return job.folder
 
 
 @pytest.fixture
-def trained(whole: Path, make_job: Callable[..., Job]) -> Job:
+def trained(whole: Path, make_job: Callable[..., Run]) -> Run:
     """The job of such a run, in a folder of one's own."""
     job = make_job("trained")
-    shutil.copytree(whole, job.run, dirs_exist_ok=True)
+    shutil.copytree(whole, job.folder, dirs_exist_ok=True)
     return job
 
 

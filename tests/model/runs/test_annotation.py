@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 import train
-from model.runs.job import Job
+from model.runs.run import Run
 from pipeline.base.errors import SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.labels import LABELS
@@ -34,26 +34,26 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_what_nobody_looked_for_is_neither_learned_nor_measured(
-    shards: Path, make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+    shards: Path, make_job: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("run", shards=shards, epochs=1, blank="zeros")
     train.train(job)
     said = capsys.readouterr().err
     assert f"not annotated in {shards}, so not learned: Fracture\n" in said
     assert "Fracture has" not in said
-    report = read_evaluation(job.run / "evaluation-valid.json")
+    report = read_evaluation(job.folder / "evaluation-valid.json")
     assert report.head["not_annotated"] == ["Fracture"]
     assert "Fracture" not in report.labels
     assert "Fracture: not annotated by this data set, so not learned, and without scores." in describe_gaps(report)
-    assert "Fracture" not in json.loads((job.run / "calibration.json").read_text())["image"]
-    scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
+    assert "Fracture" not in json.loads((job.folder / "calibration.json").read_text())["image"]
+    scores = pa.ipc.open_file(job.folder / "scores-valid.arrow").read_all()
     assert set(LABELS).difference(scores.column_names) == {"Fracture"}
     (films,) = shards.parent.glob("CheXpert*/valid")
-    assert call_train("predict", "--run", job.run, "--out", shards.parent / "scores.csv", films) == 0
+    assert call_train("predict", "--run", job.folder, "--out", shards.parent / "scores.csv", films) == 0
     header = pd.read_csv(shards.parent / "scores.csv").columns
     assert set(LABELS).difference(header) == {"Fracture"}
     with pytest.raises(SettingError, match=r"^`labels`: nobody annotated Fracture in .*; choose others$"):
         make_job("none", shards=shards, labels=("Fracture",))
-    card = (job.run / "model-card.md").read_text()
+    card = (job.folder / "model-card.md").read_text()
     assert "synthetic images by `pipeline sample`. License: none needed: the images show no patient.\n" in card
     assert "\nStarted from: random weights.\n" in card

@@ -20,7 +20,7 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.networks import build_network
 from model.runs import embeddings
 from model.runs.embeddings import embed
-from model.runs.job import Job
+from model.runs.run import Run
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest
@@ -96,15 +96,15 @@ def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> No
 
 @pytest.mark.parametrize("augment", ["none", pytest.param("robust", marks=pytest.mark.soak)])
 def test_only_the_last_layer_learns(
-    make_job: Callable[..., Job], one_epoch: Path, monkeypatch: pytest.MonkeyPatch, augment: str
+    make_job: Callable[..., Run], one_epoch: Path, monkeypatch: pytest.MonkeyPatch, augment: str
 ) -> None:
     monkeypatch.setattr(train, "finish_run", lambda job: {})
     job = make_job("run", init=one_epoch / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)
     train.train(job)
-    before, after = (load_checkpoint(run / "best.pt")["weights"] for run in (one_epoch, job.run))
+    before, after = (load_checkpoint(run / "best.pt")["weights"] for run in (one_epoch, job.folder))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"head.2.weight", "head.2.bias"}
-    optimizer = load_checkpoint(job.run / "last.pt")["optimizer"]
+    optimizer = load_checkpoint(job.folder / "last.pt")["optimizer"]
     assert [tuple(state["exp_avg"].shape) for state in optimizer["state"].values()] == [(14, 32), (14,)]
 
 

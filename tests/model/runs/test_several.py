@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import train
-from model.runs.job import Job, check_reported, open_rows, training_labels, training_weights
 from model.runs.overlap import hash_patients, read_seen
+from model.runs.run import Run, check_reported, open_rows, training_labels, training_weights
 from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
 from pipeline.stream.plan import epoch_order
@@ -31,7 +31,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
-def open_mixed(two: list[Path], run: Path, **changes: Any) -> Job:
+def open_mixed(two: list[Path], run: Path, **changes: Any) -> Run:
     return open_small_job(two, run, mix=(1.0, 3.0), batch_size=8, epochs=2, **changes)
 
 

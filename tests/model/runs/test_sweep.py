@@ -20,7 +20,7 @@ import pytest
 import train
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Stopped
-from model.runs.job import Job
+from model.runs.run import Run
 from model.runs.sweep import Figures, Point, Sweep, TrainPoint, Trial, begin_trial, list_trials, open_sweep, run_sweep
 from model.runs.sweep_report import compare_settings
 from pipeline import DataError
@@ -65,13 +65,13 @@ def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
     assert [trial.dev for trial in trials] == [score(point) for point in points]
     first = trials[0]
     assert (first.state, first.figures) == ("complete", {"dev_auroc": score(points[0]), "train_auroc": 0.95})
-    assert first.run == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
-    assert {trial.run for trial in trials} == {
+    assert first.folder == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
+    assert {trial.folder for trial in trials} == {
         path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
     }
     run(sweep)  # nothing is left to do
     assert list_trials(sweep) == trials
-    assert (first.run / "log").read_text() == "trained\n"
+    assert (first.folder / "log").read_text() == "trained\n"
 
 
 def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_processes_killed_and_restarted_train_every_point_once(rounds: Iterator[
         assert all(trials or trial.point in sweep.grid for trial in points.values())
         for trial in points.values():
             assert (trial.state, trial.dev) == ("complete", score(trial.point))
-        trained = [len((trial.run / "log").read_text().splitlines()) for trial in points.values()]
+        trained = [len((trial.folder / "log").read_text().splitlines()) for trial in points.values()]
         assert min(trained) == 1
         assert sum(trained) <= len(trained) + kills  # what a killed process had trained and not recorded
         for _ in range(kills):
@@ -292,17 +292,17 @@ def test_trials_are_the_runs_that_train_makes(
 
 
 def test_settings_are_compared_as_runs_are(
-    command: Callable[..., int], make_job: Callable[..., Job], trained: Job, run: Path
+    command: Callable[..., int], make_job: Callable[..., Run], trained: Run, run: Path
 ) -> None:
     """With `evaluate --against`, whose differences are paired by patient."""
     trials = [
         Trial(each, {"epochs": n}, n, {}, "complete", figures={"dev_auroc": 0.9 - n / 10})
-        for n, each in enumerate((trained.run, run))
+        for n, each in enumerate((trained.folder, run))
     ]
     best, other = compare_settings(trained, trials)
     assert [setting.name for setting in (best, other)] == ["epochs 0", "epochs 1"]
-    assert command("evaluate", "--run", trained.run, "--split", "dev", "--against", run) == 0
-    evaluation = read_evaluation(trained.run / f"evaluation-dev-against-{run.name}.json")
+    assert command("evaluate", "--run", trained.folder, "--split", "dev", "--against", run) == 0
+    evaluation = read_evaluation(trained.folder / f"evaluation-dev-against-{run.name}.json")
     row = evaluation.get("auroc_difference", evaluation.best_mean(), scorer=str(run))
     assert other.less == pytest.approx({"value": row.value, "low": row.low, "high": row.high})
 
@@ -314,7 +314,7 @@ def test_an_error_in_one_trial_leaves_a_report_of_the_others(
     small = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none")
     given = ("--sweep", sweep, "--lr", "1e-3 1e-2", *small)
 
-    def fail(job: Job, *watch: Any) -> None:
+    def fail(job: Run, *watch: Any) -> None:
         if job.config.lr == 1e-2:
             raise DataError("the disk is full")
         whole(job, *watch)

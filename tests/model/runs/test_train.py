@@ -39,9 +39,9 @@ from model.predict import DivergedError, MemoryExhaustedError, measure_recent
 from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
 from model.runs.config import Assessment, Config, read_config
-from model.runs.job import Job, draw_weights, open_rows, open_training, training_labels
-from model.runs.predictor import of_job, score_split
+from model.runs.predictor import of_run, score_split
 from model.runs.results import evaluate
+from model.runs.run import Run, draw_weights, open_rows, open_training, training_labels
 from pipeline import DataError, console
 from pipeline.base.files import claimed, hash_file
 from pipeline.labels import LABELS, hash_fraction
@@ -56,7 +56,7 @@ from tests.training import Late, assert_same_run, stop_after, train_until
 
 
 def test_a_dev_too_small_to_choose_by_is_said(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "finish_run", lambda job: {})
     monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have said
@@ -66,45 +66,45 @@ def test_a_dev_too_small_to_choose_by_is_said(
     assert few in capsys.readouterr().err
 
 
-def test_a_run_writes_what_it_promises(trained: Job) -> None:
+def test_a_run_writes_what_it_promises(trained: Run) -> None:
     promised = "best.pt calibration.json config.json environment.jsonl evaluation-dev.json evaluation-valid.json "
     promised += "last.pt metrics.jsonl model-card.md report.html scores-dev.arrow scores-valid.arrow tensorboard"
-    assert sorted(path.name for path in trained.run.iterdir()) == promised.split()
-    lines = [json.loads(line) for line in (trained.run / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(path.name for path in trained.folder.iterdir()) == promised.split()
+    lines = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
-    report = read_evaluation(trained.run / "evaluation-dev.json")
+    report = read_evaluation(trained.folder / "evaluation-dev.json")
     assert report.labels == list(LABELS)
     aurocs = {label: report.get("auroc", label).value for label in LABELS}
     defined = [value for value in aurocs.values() if value is not None]
     assert report.get("auroc", "macro").value == pytest.approx(sum(defined) / len(defined))
     # best.pt is the better of the two epochs, and what the report was made of
     best = max(lines, key=lambda line: results.choice_score(line, "all") or 0)
-    assert load_checkpoint(trained.run / "best.pt")["epoch"] == best["epoch"]
+    assert load_checkpoint(trained.folder / "best.pt")["epoch"] == best["epoch"]
     assert aurocs == best["labels"]
 
 
-def test_interrupted_and_continued_equals_uninterrupted(make_job: Callable[..., Job], whole: Path) -> None:
+def test_interrupted_and_continued_equals_uninterrupted(make_job: Callable[..., Run], whole: Path) -> None:
     """Stopped before the first step, in an epoch, in dev's scoring and after it, in the second epoch, in the last
     scoring of dev and of valid."""
     for looks in (1, 6, 2, 2, 5, 6, 6):
         train_until(looks, make_job("parts"))
     train.train(make_job("parts"))
-    assert_same_run(make_job("parts").run, whole)
+    assert_same_run(make_job("parts").folder, whole)
 
 
 @pytest.mark.parametrize(("policy", "outputs"), [("zeros", 14), ("multiclass", 28), ("best,Edema=multiclass", 15)])
 def test_policies_train_and_their_scores_give_the_reported_auroc(
-    make_job: Callable[..., Job], policy: str, outputs: int
+    make_job: Callable[..., Run], policy: str, outputs: int
 ) -> None:
     job = make_job("run", uncertain=policy, epochs=1)
     train.train(job)
-    assert load_checkpoint(job.run / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 32)
+    assert load_checkpoint(job.folder / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 32)
     for name in ("dev", "valid"):
         table = read_table(job.shards.folders[0].path, job.manifest.split(name))
-        scores = pa.ipc.open_file(job.run / f"scores-{name}.arrow").read_all()
+        scores = pa.ipc.open_file(job.folder / f"scores-{name}.arrow").read_all()
         assert scores["key"].equals(table["key"])
         target, mask = evaluation_targets(table, "zeros")
-        report = read_evaluation(job.run / f"evaluation-{name}.json")
+        report = read_evaluation(job.folder / f"evaluation-{name}.json")
         assert report.get("auroc", "macro").value is not None
         for column, label in enumerate(LABELS):
             used = mask[:, column]
@@ -114,22 +114,22 @@ def test_policies_train_and_their_scores_give_the_reported_auroc(
                 assert auroc == pytest.approx(expected, abs=1e-6)
 
 
-def evaluate_train(job: Job) -> Evaluation:
-    predictor = of_job(job)
+def evaluate_train(job: Run) -> Evaluation:
+    predictor = of_run(job)
     return evaluate(job, predictor, predictor.score(job, "train"), Assessment(split="train"))
 
 
-def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_job: Callable[..., Job]) -> None:
+def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_job: Callable[..., Run]) -> None:
     """Of what it learns alone: the teacher has scores of no other image."""
     selected = {"where": ("sex=Female",), "limit": 40, "labels": ("Edema",), "epochs": 1}
     teacher = make_job("teacher", uncertain="ignore", **selected)
     train.train(teacher)
     report = evaluate_train(teacher)
-    assert read_evaluation(teacher.run / "evaluation-train.json") == report
+    assert read_evaluation(teacher.folder / "evaluation-train.json") == report
 
-    as_student = {"uncertain": "selftrained", "teacher": teacher.run} | selected
+    as_student = {"uncertain": "selftrained", "teacher": teacher.folder} | selected
     student = make_job("student", **as_student)
-    file = teacher.run / "scores-train.arrow"
+    file = teacher.folder / "scores-train.arrow"
     assert student.config.teacher == hashlib.sha256(file.read_bytes()).hexdigest()
     chosen = open_rows(student, "train")
     target, mask = training_labels(student, chosen)
@@ -145,7 +145,7 @@ def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_job: C
     train.train(student)
     train_until(2, make_job("parts", **as_student))
     train.train(make_job("parts", **as_student))
-    assert_same_run(student.run.with_name("parts"), student.run)
+    assert_same_run(student.folder.with_name("parts"), student.folder)
     # another teacher's scores are another configuration
     write_scores(file, taught, ["Edema"], 1 - scores[["Edema"]].to_numpy())
     with pytest.raises(DataError, match=r"run of another configuration: teacher is [0-9a-f]{64}, not [0-9a-f]"):
@@ -175,7 +175,7 @@ def test_self_training_says_which_command_is_missing(
 
 
 def test_labels_with_one_class_are_named_and_refused_where_strict(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+    make_job: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("run", blank="ignore", epochs=1)
     healthy = pc.sum(read_table(job.shards.folders[0].path, job.manifest.split("train"))["No Finding"]).as_py()
@@ -187,21 +187,21 @@ def test_labels_with_one_class_are_named_and_refused_where_strict(
     assert str(caught.value) == "`strict`: " + "; ".join(line.removesuffix(": it cannot be learned") for line in lines)
 
 
-def test_two_processes_do_not_train_one_run(make_job: Callable[..., Job]) -> None:
+def test_two_processes_do_not_train_one_run(make_job: Callable[..., Run]) -> None:
     job = make_job("run", epochs=1)
-    (job.run / "config.json").unlink()
-    message = rf"^{job.run}: another process is writing to it; wait for it, or stop it$"
-    with claimed(job.run), pytest.raises(DataError, match=message):
+    (job.folder / "config.json").unlink()
+    message = rf"^{job.folder}: another process is writing to it; wait for it, or stop it$"
+    with claimed(job.folder), pytest.raises(DataError, match=message):
         train.train(job)
-    assert not (job.run / "last.pt").exists()
-    assert not (job.run / "config.json").exists()  # which may be of another configuration
+    assert not (job.folder / "last.pt").exists()
+    assert not (job.folder / "config.json").exists()  # which may be of another configuration
 
 
-def test_a_run_continues_in_the_precision_and_on_the_ranks_it_began_with(make_job: Callable[..., Job]) -> None:
+def test_a_run_continues_in_the_precision_and_on_the_ranks_it_began_with(make_job: Callable[..., Run]) -> None:
     """`--amp auto` is bf16, fp16 or off, as the device can; BatchNorm's statistics are of a rank's part of a batch."""
     job = make_job("run")
     train_until(3, job)
-    path = job.run / "last.pt"
+    path = job.folder / "last.pt"
     whole = load_checkpoint(path)
     for change, reason in {
         ("precision", "bfloat16"): "trained in bfloat16, `amp` is float32 on this device",
@@ -237,7 +237,7 @@ FULL_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocato
     ],
 )
 def test_too_little_memory_is_one_line_that_says_what_helps(
-    make_job: Callable[..., Job],
+    make_job: Callable[..., Run],
     monkeypatch: pytest.MonkeyPatch,
     error: RuntimeError,
     changes: dict[str, Any],
@@ -260,13 +260,13 @@ def test_too_little_memory_is_one_line_that_says_what_helps(
     ],
 )
 def test_what_an_absurd_rate_makes_infinite_is_named_and_not_saved(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], looks: int, message: str
+    make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], looks: int, message: str
 ) -> None:
     job = make_job("run", lr=1e30, **changes)
     monkeypatch.setattr(ranks, "_codes", Late(looks))
     with pytest.raises(DivergedError, match=f"^{message}$"):
         train.train(job)
-    assert not (job.run / "last.pt").exists()
+    assert not (job.folder / "last.pt").exists()
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -284,7 +284,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize(("check_steps", "looks", "saved"), [(2, 10**9, 2), (20, 5, None)])
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_saved(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, check_steps: int, looks: int, saved: int | None
+    make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, check_steps: int, looks: int, saved: int | None
 ) -> None:
     """Also where a stop comes between two looks at the losses."""
     message = r"^the gradient's norm is nan at epoch 1, step 3; try a lower `lr`$"
@@ -295,7 +295,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
         patched.setattr(ranks, "_codes", Late(looks))
         with pytest.raises(DivergedError, match=message):
             train.train(make_job("run", epochs=1))
-    last = make_job("run", epochs=1).run / "last.pt"
+    last = make_job("run", epochs=1).folder / "last.pt"
     assert last.exists() == (saved is not None)
     if saved is not None:
         kept = load_checkpoint(last)
@@ -304,11 +304,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_weights_are_save
         whole = make_job("whole", epochs=1)
         train.train(make_job("run", epochs=1))
         train.train(whole)
-        assert_same_run(last.parent, whole.run)
+        assert_same_run(last.parent, whole.folder)
 
 
 def test_a_step_that_the_scaler_skips_is_no_divergence(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, 2)
     job = make_job("run")
@@ -337,24 +337,24 @@ def test_a_step_that_the_scaler_skips_is_no_divergence(
         *({"layer_decay": 0.5}, {"seed": 1}),
     ],
 )
-def test_options_change_the_result(make_job: Callable[..., Job], whole: Path, change: dict[str, Any]) -> None:
+def test_options_change_the_result(make_job: Callable[..., Run], whole: Path, change: dict[str, Any]) -> None:
     changed = make_job("changed", **change)
     train_until(12, changed)  # in the second epoch
-    ours, theirs = (json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.run))
+    ours, theirs = (json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) for run in (whole, changed.folder))
     # The loss as well: with some processors' rounding, every AUROC of so few images stays as it was.
     assert (ours["train_loss"], ours["labels"]) != (theirs["train_loss"], theirs["labels"])
     if change.keys() & {"amp", "accumulate"}:
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.02)
 
 
-def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..., Job]) -> None:
+def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..., Run]) -> None:
     job = make_job("run", epochs=1, where=("sex=Female", "age>=40"), labels=("Edema", "Pleural Effusion"))
     train.train(job)
-    report = read_evaluation(job.run / "evaluation-valid.json")
+    report = read_evaluation(job.folder / "evaluation-valid.json")
     table = read_table(job.shards.folders[0].path, job.manifest.split("valid"))
     facts = table.select(["key", "patient", "study", "sex", "age"]).to_pandas()
     chosen = (facts.sex == "Female") & (facts.age >= 40)
-    scores = pa.ipc.open_file(job.run / "scores-valid.arrow").read_all()
+    scores = pa.ipc.open_file(job.folder / "scores-valid.arrow").read_all()
     assert scores["key"].to_pylist() == facts.key[chosen].tolist()
     assert tuple(report.labels) == job.config.labels == ("Edema", "Pleural Effusion")
     target, mask = evaluation_targets(table, "zeros")
@@ -362,15 +362,15 @@ def test_a_run_learns_and_is_measured_on_what_was_selected(make_job: Callable[..
     used = mask[:, column] & chosen.to_numpy()
     expected = roc_auc_score(target[used, column], scores["Pleural Effusion"].to_numpy()[used[chosen]])
     assert report.get("auroc", "Pleural Effusion").value == pytest.approx(expected, abs=1e-6)
-    assert read_config(job.run) == job.config
-    card = (job.run / "model-card.md").read_text()
+    assert read_config(job.folder) == job.config
+    card = (job.folder / "model-card.md").read_text()
     studies = facts[chosen].drop_duplicates(["patient", "study"]).groupby("patient").size()
     assert f"| valid | {chosen.sum()} | {studies.sum()} | {len(studies)} |" in card
     assert "A network that scores 2 findings on chest" in card
 
 
 def test_a_selection_without_valid_is_said_before_the_first_step(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
+    make_job: Callable[..., Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = make_job("other")
     patients = read_table(job.shards.folders[0].path, job.manifest.split("valid"))["patient"].unique().to_pylist()
@@ -385,9 +385,9 @@ def test_a_selection_without_valid_is_said_before_the_first_step(
     )
     assert images is not None
     assert images.end() < said.index("Epoch 1")
-    assert (job.run / "evaluation-dev.json").exists()
-    assert not (job.run / "evaluation-valid.json").exists()
-    card = (job.run / "model-card.md").read_text()
+    assert (job.folder / "evaluation-dev.json").exists()
+    assert not (job.folder / "evaluation-valid.json").exists()
+    card = (job.folder / "model-card.md").read_text()
     assert "| dev |" in card
     assert "| valid |" not in card
     assert results.measure_run(job)["valid_auroc"] is None
@@ -436,7 +436,7 @@ def test_shards_without_a_dev_split_are_trained_on_with_patients_held_out(
         command("sweep", "--shards", undivided, "--sweep", tmp_path / "none", "--seed", "0 1")
 
 
-def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Job]) -> None:
+def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Run]) -> None:
     job = make_job("run", limit=40, balance="Support Devices", epochs=1, batch_size=4)
     chosen = open_rows(job, "train")
     table = chosen.split.table.take(chosen.rows)
@@ -462,7 +462,7 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Jo
         train.train(make_job("other", balance="No Finding", blank="ignore"))
 
 
-def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[..., Run], tmp_path: Path) -> None:
     shards = Path(shutil.copytree(make_job("other").shards.folders[0].path, tmp_path / "shards"))
     job = dataclasses.replace(make_job("run", epochs=1), shards=read_shards(shards))
     split = open_rows(job, "dev").split
@@ -472,15 +472,15 @@ def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[.
     for max_bad in (0.0, 0.05):  # of 14 images one is more
         with pytest.raises(DataError, match=f"^{message}$"):
             train.train(dataclasses.replace(job, config=dataclasses.replace(job.config, max_bad=max_bad)))
-        shutil.rmtree(job.run)
+        shutil.rmtree(job.folder)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, max_bad=0.1))
     train.train(job)
-    scored = pa.ipc.open_file(job.run / "scores-dev.arrow").read_all()["key"].to_pylist()
+    scored = pa.ipc.open_file(job.folder / "scores-dev.arrow").read_all()["key"].to_pylist()
     assert scored == [key for row, key in enumerate(split.table["key"].to_pylist()) if row != 3]
-    assert load_checkpoint(job.run / "last.pt")["bad"] == {"rows": []}  # of train
+    assert load_checkpoint(job.folder / "last.pt")["bad"] == {"rows": []}  # of train
 
 
-def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job]) -> None:
+def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Run]) -> None:
     """With a network without BatchNorm, whose statistics are those of a part."""
     weights = []
     for accumulate in (1, 4):
@@ -500,7 +500,7 @@ def test_a_batch_in_parts_gives_the_same_gradients(make_job: Callable[..., Job])
 
 @pytest.mark.parametrize("loss", ["bce", pytest.param("aucm", marks=pytest.mark.soak)])
 def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, loss: str
+    make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     """A network with stochastic depth, which draws, and a loss that remembers."""
 
@@ -517,31 +517,31 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
     train_until(3, make_job("parts", **options))
     train_until(4, make_job("parts", **options))
     train.train(make_job("parts", **options))
-    assert_same_run(whole.run.with_name("parts"), whole.run)
-    lines = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
+    assert_same_run(whole.folder.with_name("parts"), whole.folder)
+    lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(4, 0.5), (8, 1.0)]
 
 
 @pytest.mark.soak  # compiles for seconds
-def test_a_compiled_network_learns_the_same(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_network_learns_the_same(make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and differentiated by torch.compile, without the minute that its C++ compiler takes."""
     calls = Mock(side_effect=partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch, "compile", calls)
     plain, compiled = make_job("plain", epochs=1), make_job("compiled", epochs=1, compile=True)
     train.train(plain)
     train.train(compiled)
-    ours, theirs = (json.loads((job.run / "metrics.jsonl").read_text()) for job in (plain, compiled))
+    ours, theirs = (json.loads((job.folder / "metrics.jsonl").read_text()) for job in (plain, compiled))
     assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.01)
-    assert load_checkpoint(plain.run / "best.pt")["weights"].keys() == (
-        load_checkpoint(compiled.run / "best.pt")["weights"].keys()
+    assert load_checkpoint(plain.folder / "best.pt")["weights"].keys() == (
+        load_checkpoint(compiled.folder / "best.pt")["weights"].keys()
     )
     assert calls.call_count == 1
 
 
-def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Job]) -> None:
+def test_patience_ends_a_run_that_gets_no_better(make_job: Callable[..., Run]) -> None:
     job = make_job("run", epochs=50, lr=1e-9, ema=1.0, eval_every=1, patience=3)  # the average stays as it is
     train.train(job)
-    lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     scores = [results.choice_score(line, "all") for line in lines]
     assert len(scores) < 50
     assert scores.index(max(scores)) == len(scores) - 4  # type: ignore[type-var]
@@ -562,7 +562,7 @@ def random_dev(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("random_dev")
 def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
-    make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job("run", epochs=2, eval_every=1, choose_by="Support Devices,Edema")
     left: list[float] = []
@@ -573,10 +573,10 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
 
     monkeypatch.setattr(train, "show_left", show_left)
     train.train(job)
-    lines = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     scores = [(line["labels"]["Edema"] + line["labels"]["Support Devices"]) / 2 for line in lines]
     macro = [results.choice_score(line, "all") for line in lines]
-    best = load_checkpoint(job.run / "best.pt")
+    best = load_checkpoint(job.folder / "best.pt")
     assert best["dev_auroc"] == max(scores)
     assert best["epoch"] == lines[scores.index(max(scores))]["epoch"]
     assert scores.index(max(scores)) != macro.index(max(macro))  # type: ignore[type-var]
@@ -584,15 +584,15 @@ def test_a_checkpoint_is_chosen_by_the_labels_asked_for(
     assert said in capsys.readouterr().err
     assert len(left) == len(lines)
     assert [seconds > 0 for seconds in left] == [True] * (len(lines) - 1) + [False]  # of the time for all epochs
-    events = EventAccumulator(str(job.run / "tensorboard"))
+    events = EventAccumulator(str(job.folder / "tensorboard"))
     events.Reload()
     for tag, expected in {"dev/choice_auroc": scores, "dev/macro_auroc": macro}.items():
         assert [point.value for point in events.Scalars(tag)] == pytest.approx(expected)
-    card = (job.run / "model-card.md").read_text()
+    card = (job.folder / "model-card.md").read_text()
     assert "The checkpoint is the one with the best AUROC on dev: Edema, Support Devices." in card
     figures = results.measure_run(job)
     assert figures["same_labels"] == 2
-    dev = read_evaluation(job.run / "evaluation-dev.json")
+    dev = read_evaluation(job.folder / "evaluation-dev.json")
     aurocs = [dev.get("auroc", label).value or 0 for label in ("Edema", "Support Devices")]
     assert figures["dev_auroc"] == figures["dev_same_auroc"] == pytest.approx(sum(aurocs) / 2)
 
@@ -633,19 +633,19 @@ def test_a_run_starts_from_the_weights_it_is_given(
         command("train", "--run", tmp_path / "third", "--init", best, "--arch", "resnet18")
 
 
-def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--shards", "https://me:secret@host/set?token=secret"])
     job = make_job("run", epochs=1)
     train.train(job)
-    events = EventAccumulator(str(job.run / "tensorboard"))
+    events = EventAccumulator(str(job.folder / "tensorboard"))
     events.Reload()
-    line = json.loads((job.run / "metrics.jsonl").read_text())
+    line = json.loads((job.folder / "metrics.jsonl").read_text())
     (auroc,) = events.Scalars("dev/macro_auroc")
     (loss,) = events.Scalars("train/loss")
     assert (auroc.step, loss.step) == (line["step"], line["step"])
     assert auroc.value == pytest.approx(results.choice_score(line, "all"))
     for split in ("dev", "valid"):
-        found = read_evaluation(job.run / f"evaluation-{split}.json")
+        found = read_evaluation(job.folder / f"evaluation-{split}.json")
         aurocs = {label: found.get("auroc", label).value for label in found.labels}
         defined = {label: value for label, value in aurocs.items() if value is not None}
         curves = {label: events.Scalars(f"auroc_{split}/{label}") for label in defined}
@@ -656,12 +656,12 @@ def test_logs_say_what_the_run_did_and_with_what(make_job: Callable[..., Job], m
     assert "dev/choice_auroc" not in events.Tags()["scalars"]
     assert loss.value == pytest.approx(line["train_loss"])
     (dev_loss,) = events.Scalars("dev/loss")
-    scored = of_job(job).score(job, "dev").images
+    scored = of_run(job).score(job, "dev").images
     truth, score = (array[scored.mask] for array in (scored.target, scored.scores))
     assert line["dev_loss"] == pytest.approx(log_loss(truth, score)) == pytest.approx(dev_loss.value)
     (recent,) = events.Scalars("train/macro_auroc")
     assert 0.3 < recent.value < 0.8  # an untrained network's, of a few images
-    environment = json.loads((job.run / "environment.jsonl").read_text())
+    environment = json.loads((job.folder / "environment.jsonl").read_text())
     assert environment["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert environment["code"]
     assert environment["command"] == ["train.py", "--shards", "https://host/set"]
@@ -718,28 +718,28 @@ def test_a_finished_run_gets_more_epochs(
 
 
 def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves = []
     for every in (1, 4):
         monkeypatch.setattr(train, "CHECK_STEPS", every)
         job = make_job(f"every{every}", epochs=1)
         train.train(job)
-        events = EventAccumulator(str(job.run / "tensorboard"))
+        events = EventAccumulator(str(job.folder / "tensorboard"))
         events.Reload()
         curves.append({point.step: point.value for point in events.Scalars("train/loss")})
     each, windows = curves
     assert list(each) == [1, 2, 3, 4, 5, 6]
     expected = {4: sum(each[step] for step in (1, 2, 3, 4)) / 4, 6: (each[5] + each[6]) / 2}
     assert windows == pytest.approx(expected)
-    assert json.loads((job.run / "metrics.jsonl").read_text())["train_loss"] == pytest.approx(sum(each.values()) / 6)
+    assert json.loads((job.folder / "metrics.jsonl").read_text())["train_loss"] == pytest.approx(sum(each.values()) / 6)
 
 
 def test_a_full_disk_under_tensorboard_is_named_in_one_line(
-    make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    make_job: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     job, full = make_job("run", epochs=1), Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    message = f"^{job.run / 'tensorboard'}: cannot be written: No space left on device; make room, and run it again$"
+    message = f"^{job.folder / 'tensorboard'}: cannot be written: No space left on device; make room, and run it again$"
     with monkeypatch.context() as patch:
         for name in ("write", "append"):
             patch.setattr(LocalFileSystem, name, full)
@@ -782,13 +782,13 @@ def test_wandb_and_mlflow_get_the_curves_of_a_run_and_of_its_resumption(
             command("train", "--run", run, f"--{name}", "films")
 
 
-def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Job) -> None:
-    path = trained.run / "evaluation-valid.json"
+def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], trained: Run) -> None:
+    path = trained.folder / "evaluation-valid.json"
     first = read_evaluation(path)
-    assert command("evaluate", "--run", trained.run, "--sensitivity", 0.5, "--study", "mean") == 0
+    assert command("evaluate", "--run", trained.folder, "--sensitivity", 0.5, "--study", "mean") == 0
     second = read_evaluation(path)
-    dev = of_job(trained).score(trained, "dev").images
-    written = json.loads((trained.run / "calibration.json").read_text())
+    dev = of_run(trained).score(trained, "dev").images
+    written = json.loads((trained.folder / "calibration.json").read_text())
     assert written == json.loads(json.dumps(calibrate(LABELS, dev, 0.5, "mean")))
     limits = [list(one.select(metric="threshold", group="sensitivity", level="image")) for one in (first, second)]
     assert limits[0] != limits[1]
@@ -796,46 +796,46 @@ def test_thresholds_and_studies_are_as_asked_for(command: Callable[..., int], tr
         written["image"][label]["thresholds"]["sensitivity"] for label in LABELS
     ]
     assert second.get("auroc", "macro") == first.get("auroc", "macro")
-    assert command("evaluate", "--run", trained.run) == 0
+    assert command("evaluate", "--run", trained.folder) == 0
     assert read_evaluation(path) == first
 
 
 def test_results_on_other_shards_leave_the_runs_own_alone(
-    command: Callable[..., int], trained: Job, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: Callable[..., int], trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    own = {path: path.read_bytes() for path in trained.run.iterdir() if path.is_file()}
+    own = {path: path.read_bytes() for path in trained.folder.iterdir() if path.is_file()}
     others = tmp_path / "others"
     shutil.copytree(trained.shards.folders[0].path, others)
     with (others / "manifest.json").open("a") as file:
         file.write("\n")
-    assert command("evaluate", "--run", trained.run, "--shards", others) == 0
+    assert command("evaluate", "--run", trained.folder, "--shards", others) == 0
     result = f"valid-{manifest_digest(others)[:8]}"
-    new = {path.name for path in trained.run.iterdir() if path.is_file() and path not in own}
+    new = {path.name for path in trained.folder.iterdir() if path.is_file() and path not in own}
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own
-    evaluation = read_evaluation(trained.run / f"evaluation-{result}.json")
-    plain = read_evaluation(trained.run / "evaluation-valid.json")
+    evaluation = read_evaluation(trained.folder / f"evaluation-{result}.json")
+    plain = read_evaluation(trained.folder / "evaluation-valid.json")
     assert "own" not in plain.head
     assert evaluation.get("auroc_difference", "Edema", group=OWN).value == 0  # the same images
     assert evaluation.get("auroc", "Edema", group=OWN).value == plain.get("auroc", "Edema").value
     assert "AUROC on these images and on the run's own valid" in capfd.readouterr().out
-    (trained.run / "evaluation-valid.json").unlink()
-    assert command("evaluate", "--run", trained.run, "--shards", others) == 0
-    path, run = trained.run / "evaluation-valid.json", trained.run
+    (trained.folder / "evaluation-valid.json").unlink()
+    assert command("evaluate", "--run", trained.folder, "--shards", others) == 0
+    path, run = trained.folder / "evaluation-valid.json", trained.folder
     note = f"{path} is missing, so there is no comparison with it; first run: python -m train evaluate --run {run}"
     assert f"{note}\n" in capfd.readouterr().err
     path.write_text('{"labels": {}}')
     with pytest.raises(DataError, match=f"^{path}: not an evaluation: 'rows'; write it again"):
-        command("evaluate", "--run", trained.run, "--shards", others)
+        command("evaluate", "--run", trained.folder, "--shards", others)
     with pytest.raises(DataError, match=f"^{others}: thresholds are chosen on dev of the shards that"):
-        command("evaluate", "--run", trained.run, "--shards", others, "--sensitivity", 0.8)
+        command("evaluate", "--run", trained.folder, "--shards", others, "--sensitivity", 0.8)
 
 
-def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Callable[..., Job], whole: Path) -> None:
+def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Callable[..., Run], whole: Path) -> None:
     other = make_job("other", epochs=1, uncertain="ones", blank="ignore")
     train.train(other)
     counts = []
-    for run in (whole, other.run):
+    for run in (whole, other.folder):
         rows = list(read_evaluation(run / "evaluation-dev.json").select(metric="auroc", level="image", group=None))
         counts.append({row.label: (row.positives, row.negatives) for row in rows})
     assert counts[0] == counts[1]
@@ -854,9 +854,9 @@ def test_runs_with_other_policies_are_measured_on_the_same_cells(make_job: Calla
     ],
 )
 def test_a_configuration_that_no_run_has_is_named(
-    make_job: Callable[..., Job], change: dict[str, Any], message: str
+    make_job: Callable[..., Run], change: dict[str, Any], message: str
 ) -> None:
-    path = make_job("run").run / "config.json"
+    path = make_job("run").folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError) as caught:
         read_config(path.parent)
@@ -865,29 +865,29 @@ def test_a_configuration_that_no_run_has_is_named(
 
 @pytest.mark.parametrize(("name", "key"), [("best.pt", "pixels"), ("last.pt", "scaler")])
 def test_checkpoints_that_do_not_fit_their_run_are_named(
-    command: Callable[..., int], trained: Job, name: str, key: str
+    command: Callable[..., int], trained: Run, name: str, key: str
 ) -> None:
-    whole = load_checkpoint(trained.run / name)
+    whole = load_checkpoint(trained.folder / name)
     for damaged, reason in (
         ({other: value for other, value in whole.items() if other != key}, f"'{key}'"),
         (whole | {"weights": {}, "network": {}}, "Error(s) in loading state_dict for ResCNN"),
         (whole | {"pixels": {"mean": 0, "std": "wide"}, "done": "now"}, ""),
     ):
-        save_checkpoint(trained.run / name, damaged)
+        save_checkpoint(trained.folder / name, damaged)
         with pytest.raises(CheckpointError) as caught:
-            command("evaluate", "--run", trained.run) if name == "best.pt" else train.train(trained)
-        assert str(caught.value).startswith(f"{trained.run / name}: does not fit this run's configuration: {reason}")
+            command("evaluate", "--run", trained.folder) if name == "best.pt" else train.train(trained)
+        assert str(caught.value).startswith(f"{trained.folder / name}: does not fit this run's configuration: {reason}")
 
 
 def test_a_damaged_last_checkpoint_comes_with_what_to_do(
-    command: Callable[..., int], make_job: Callable[..., Job]
+    command: Callable[..., int], make_job: Callable[..., Run]
 ) -> None:
     job = make_job("run", epochs=1)
     train_until(2, job)
-    path = job.run / "last.pt"
+    path = job.folder / "last.pt"
     whole = path.read_bytes()
     remedy = "remove it to train from the beginning"
-    for instead in ("", f", or start another `run` with `init` {job.run}"):
+    for instead in ("", f", or start another `run` with `init` {job.folder}"):
         for content in (whole[:-100], b""):
             path.write_bytes(content)
             with pytest.raises(CheckpointError) as caught:
@@ -900,10 +900,10 @@ def test_a_damaged_last_checkpoint_comes_with_what_to_do(
 
 @pytest.mark.parametrize("name", ["calibration.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", ['{"epoch": 1', "[1]", "[" * 100_000])
-def test_damaged_results_are_named(command: Callable[..., int], trained: Job, name: str, content: str) -> None:
-    (trained.run / name).write_text(content)
-    with pytest.raises(DataError, match=f"^{trained.run / name}: damaged: "):
-        command("evaluate", "--run", trained.run)
+def test_damaged_results_are_named(command: Callable[..., int], trained: Run, name: str, content: str) -> None:
+    (trained.folder / name).write_text(content)
+    with pytest.raises(DataError, match=f"^{trained.folder / name}: damaged: "):
+        command("evaluate", "--run", trained.folder)
 
 
 def test_a_signal_is_kept_while_a_rank_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -922,7 +922,7 @@ def test_a_signal_is_kept_while_a_rank_waits_for_another(monkeypatch: pytest.Mon
     assert stopped.value.code == 143
 
 
-def test_the_average_begins_with_the_weights_of_the_first_rank(make_job: Callable[..., Job]) -> None:
+def test_the_average_begins_with_the_weights_of_the_first_rank(make_job: Callable[..., Run]) -> None:
     class Second(Ranks):
         def average_gradients(self, network: torch.nn.Module, sync_bn: bool) -> torch.nn.Module:
             network.load_state_dict({name: value * 0 for name, value in network.state_dict().items()})
@@ -933,21 +933,21 @@ def test_the_average_begins_with_the_weights_of_the_first_rank(make_job: Callabl
     assert not any(weight.any() for weight in state.ema.parameters())
 
 
-def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Job) -> None:
-    old = trained.run / "calibration.json"
-    (trained.run / "last.pt").unlink()
+def test_thresholds_go_with_the_weights_they_were_chosen_for(trained: Run) -> None:
+    old = trained.folder / "calibration.json"
+    (trained.folder / "last.pt").unlink()
     train_until(10, trained)
     assert not old.exists()
 
 
 @pytest.mark.usefixtures("random_dev")
-def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Job]) -> None:
+def test_the_last_weights_are_kept_where_that_is_asked_for(make_job: Callable[..., Run]) -> None:
     job = make_job("run", keep="last", epochs=1, eval_every=2)
     train.train(job)
-    ema = load_checkpoint(job.run / "last.pt")["ema"]
-    kept = load_checkpoint(job.run / "best.pt")
-    scores = [json.loads(line)["macro_auroc"] for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    ema = load_checkpoint(job.folder / "last.pt")["ema"]
+    kept = load_checkpoint(job.folder / "best.pt")
+    scores = [json.loads(line)["macro_auroc"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     assert scores[-1] < max(scores)  # or the test would show nothing
     assert kept["dev_auroc"] == pytest.approx(scores[-1])
     assert all(torch.equal(kept["weights"][name], value) for name, value in ema.items())
-    assert "The checkpoint is the one of the last evaluation." in (job.run / "model-card.md").read_text()
+    assert "The checkpoint is the one of the last evaluation." in (job.folder / "model-card.md").read_text()

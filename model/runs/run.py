@@ -1,7 +1,7 @@
-"""A job, which is a run's configuration with its shards; and the data that it learns from or scores.
+"""A run: its configuration, folder and shards; and the data that it learns from or scores.
 
-job = open_job(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first")
-train.train(job)
+run = open_run(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first")
+train.train(run)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,12 +49,12 @@ from pipeline.stream.select import NothingSelectedError, balance_weights, find_s
 
 
 @dataclass(frozen=True)
-class Job:
+class Run:
     """Everything that stays constant while a run trains or is scored."""
 
     config: Config
     shards: Shards
-    run: Path
+    folder: Path
     setup: Setup
     ranks: Ranks = ALONE
     start: Start | None = None  # the weights to start from
@@ -81,8 +81,8 @@ class Job:
         return scale or self.manifest.pixels
 
 
-def open_job(config: Config, setup: Setup, run: str | Path, ranks: Ranks = ALONE) -> Job:
-    """The job that trains a run in the folder `run`.
+def open_run(config: Config, setup: Setup, folder: str | Path, ranks: Ranks = ALONE) -> Run:
+    """A run to train in a folder.
 
     Open settings are taken from the shards (policies, and a share of train to hold out if there is no dev split), or
     from the network or its initial weights (the size and scale of its input). Raises SettingError
@@ -94,7 +94,7 @@ def open_job(config: Config, setup: Setup, run: str | Path, ranks: Ranks = ALONE
     config = resolve_config(config, collection, setup.teacher, start)
     check_config(config, ranks)
     choose_precision(config.amp)  # before hours of work
-    return Job(config, collection, Path(run), setup, ranks, start)
+    return Run(config, collection, Path(folder), setup, ranks, start)
 
 
 @dataclass(frozen=True)
@@ -117,69 +117,69 @@ class Selected:
         return Labels(*evaluation_targets(self.split.table, self.blank))
 
 
-def holds_out(job: Job) -> bool:
+def holds_out(run: Run) -> bool:
     """Whether the run's dev is part of its shards' train split; other shards are used unchanged."""
-    return job.config.dev is not None and "dev" not in job.manifest.splits and job.shards.digest == job.config.manifest
+    return run.config.dev is not None and "dev" not in run.manifest.splits and run.shards.digest == run.config.manifest
 
 
-def open_split(job: Job, name: str) -> OpenSplit:
+def open_split(run: Run, name: str) -> OpenSplit:
     """A split of the shards; a held-out dev is the train split, under the name dev."""
-    return replace(job.shards.open("train" if name == "dev" and holds_out(job) else name), name=name)
+    return replace(run.shards.open("train" if name == "dev" and holds_out(run) else name), name=name)
 
 
-def open_images(job: Job, name: str) -> tuple[OpenSplit, Rows]:
+def open_images(run: Run, name: str) -> tuple[OpenSplit, Rows]:
     """A split and the rows of the images that meet the run's conditions.
 
     A held-out dev is rows of train, under the name dev. Raises DataError; its subclass NothingSelectedError if no row
     is left.
     """
-    config, split = job.config, open_split(job, name)
+    config, split = run.config, open_split(run, name)
     limit = config.limit if name == "train" else None
-    if name not in ("train", "dev") or not holds_out(job):
+    if name not in ("train", "dev") or not holds_out(run):
         return split, select_rows(split.table, config.where, config.views, limit)
     patients = split.table.select(["patient"]).append_column("row", pa.array(np.arange(split.table.num_rows)))
     parts = split_patients(patients, config.dev or 0.0, config.seed)
     places: Rows = parts[name == "dev"]["row"].to_numpy()
     if len(places) == 0:
         less = "raise" if name == "dev" else "lower"
-        raise DataError(f"{job.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it")
+        raise DataError(f"{run.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it")
     chosen = select_rows(split.table.take(places), config.where, config.views, limit)
     return split, places[chosen]
 
 
-def selected_splits(job: Job) -> list[str]:
+def selected_splits(run: Run) -> list[str]:
     """The splits, including a held-out dev, with any image that meets the run's conditions."""
     splits = []
-    for name in [*job.manifest.splits, *(["dev"] if holds_out(job) else [])]:
+    for name in [*run.manifest.splits, *(["dev"] if holds_out(run) else [])]:
         with suppress(NothingSelectedError):
-            open_images(job, name)
+            open_images(run, name)
             splits.append(name)
     return splits
 
 
-def open_rows(job: Job, name: str) -> Selected:
+def open_rows(run: Run, name: str) -> Selected:
     """A split and the samples that meet the run's conditions; `limit` applies only to train.
 
     Raises DataError if a run on studies finds different labels within a study.
     """
-    split, rows = open_images(job, name)
-    blank = check_blank_policy(job.manifest.policies["blank"] or job.config.blank)
-    bad = Unusable(int(job.config.max_bad * len(rows)))
-    if job.config.fusion is None:
+    split, rows = open_images(run, name)
+    blank = check_blank_policy(run.manifest.policies["blank"] or run.config.blank)
+    bad = Unusable(int(run.config.max_bad * len(rows)))
+    if run.config.fusion is None:
         return Selected(split, find_images(split, rows), blank, bad)
     samples, left_out = find_studies(split, rows)
-    if left_out and job.ranks.is_first:
+    if left_out and run.ranks.is_first:
         say(f"{name}: {left_out:,} images beyond their study's first {MOST_VIEWS} are left out")
     return Selected(split, samples, blank, bad)
 
 
-def read_batches(job: Job, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
+def read_batches(run: Run, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
     """The batches of a plan over the chosen samples, as the run reads them."""
-    shape, threads = job.config.shape, job.setup.workers
+    shape, threads = run.config.shape, run.setup.workers
     return stream_batches(chosen.split, labels, plan, size=shape, threads=threads, bad=chosen.bad)
 
 
-class TrainingData(NamedTuple):
+class Data(NamedTuple):
     """The data for training a run."""
 
     train: Selected
@@ -189,70 +189,70 @@ class TrainingData(NamedTuple):
     steps: int  # in an epoch
 
 
-def open_training(job: Job) -> TrainingData:
-    """The training data in a job's shards. Raises DataError if it is too small, before anything is written."""
-    config = job.config
-    train, dev = open_rows(job, "train"), open_rows(job, "dev")
-    check_reported(job, dev)
+def open_training(run: Run) -> Data:
+    """The training data in a run's shards. Raises DataError if it is too small, before anything is written."""
+    config = run.config
+    train, dev = open_rows(run, "train"), open_rows(run, "dev")
+    check_reported(run, dev)
     steps = training_steps(len(train.rows), config.batch_size)
     if steps == 0:
         most = len(train.rows) // 2 * 2
         how = f"choose one of {most} or less" if most else "there must be 2 or more"
         raise DataError(
-            f"{job.shards}: {len(train.rows)} train {config.units} are less than one batch of `batch_size` "
+            f"{run.shards}: {len(train.rows)} train {config.units} are less than one batch of `batch_size` "
             f"{config.batch_size}: {how}"
         )
-    labels = training_labels(job, train)
-    return TrainingData(train, dev, labels, training_weights(job, labels, train), steps)
+    labels = training_labels(run, train)
+    return Data(train, dev, labels, training_weights(run, labels, train), steps)
 
 
-def check_reported(job: Job, dev: Selected) -> None:
+def check_reported(run: Run, dev: Selected) -> None:
     """Before training, report which folders have no dev, and if no image of valid meets the conditions.
 
     Raises DataError if dev cannot choose a checkpoint, or if valid cannot be read.
     """
     one_class = describe_one_class(dev.truth.target[dev.rows], dev.truth.mask[dev.rows]).keys()
-    chosen = parse_choice(job.config.choose_by)
-    if one_class >= {*job.config.labels} or not one_class.isdisjoint(chosen):
-        raise DataError(no_choice(job, [label for label in chosen if label in one_class]))
-    has_dev = {folder.name: "dev" in folder.manifest.splits for folder in job.shards.folders}
+    chosen = parse_choice(run.config.choose_by)
+    if one_class >= {*run.config.labels} or not one_class.isdisjoint(chosen):
+        raise DataError(no_choice(run, [label for label in chosen if label in one_class]))
+    has_dev = {folder.name: "dev" in folder.manifest.splits for folder in run.shards.folders}
     if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
         others = ", ".join(name for name, has in has_dev.items() if has)
         say(
             f"{', '.join(lacking)}: no dev split, so checkpoint and thresholds are chosen on {others} alone; to choose "
             "on all, write these shards with `dev`"
         )
-    if "valid" in job.manifest.splits:
+    if "valid" in run.manifest.splits:
         try:
-            open_rows(job, "valid")
+            open_rows(run, "valid")
         except NothingSelectedError as error:
             say(f"valid: {error}: the report is without valid")
 
 
-def no_choice(job: Job, lacking: Sequence[str] = ()) -> str:
+def no_choice(run: Run, lacking: Sequence[str] = ()) -> str:
     """The error if dev is insufficient: labels of `choose_by` lack a class there, or all labels do."""
     if lacking:
         what = "have" if len(lacking) > 1 else "has"
         how = "raise `dev`, or choose by other labels"
-        return f"{job.shards}: `choose_by`: {', '.join(lacking)} {what} one class on dev; {how}"
-    return f"{job.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
+        return f"{run.shards}: `choose_by`: {', '.join(lacking)} {what} one class on dev; {how}"
+    return f"{run.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
 
 
-def training_labels(job: Job, train: Selected) -> Labels:
+def training_labels(run: Run, train: Selected) -> Labels:
     """Targets and masks of train under the run's policies; warns about selected labels with one class.
 
-    For these, raises DataError if the job is strict; also if a teacher is missing or unusable.
+    For these, raises DataError if the run is strict; also if a teacher is missing or unusable.
     """
-    config, table = job.config, train.split.table
+    config, table = run.config, train.split.table
     policy = parse_uncertain_policy(config.uncertain)
     wanted = [label for label in config.labels if policy[label] == "selftrained"]
-    scores = None if job.setup.teacher is None else teacher_scores(job.setup.teacher, train, wanted)
+    scores = None if run.setup.teacher is None else teacher_scores(run.setup.teacher, train, wanted)
     labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
-    if job.manifest.not_annotated:
-        say(f"not annotated in {job.shards}, so not learned: {', '.join(job.manifest.not_annotated)}")
+    if run.manifest.not_annotated:
+        say(f"not annotated in {run.shards}, so not learned: {', '.join(run.manifest.not_annotated)}")
     one_class = describe_one_class(labels.target[train.rows], labels.mask[train.rows])
     lacking = [text for label, text in one_class.items() if label in config.labels]
-    if lacking and job.setup.strict:
+    if lacking and run.setup.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:
         say(f"{text}: it cannot be learned")
@@ -274,12 +274,12 @@ def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt
     return scores
 
 
-def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | None:
+def training_weights(run: Run, labels: Labels, train: Selected) -> Weights | None:
     """Sampling weights [N] of train's samples; None if each is used once per epoch.
 
     Raises DataError if a label or a folder has nothing to sample.
     """
-    config = job.config
+    config = run.config
     if config.balance is not None:
         return draw_weights(config.balance, config.balance_over, labels, train)
     if not config.mix:
@@ -287,7 +287,7 @@ def training_weights(job: Job, labels: Labels, train: Selected) -> Weights | Non
     try:
         return mix_weights(train.split.folder[train.rows], config.mix)
     except ValueError as error:
-        raise DataError(f"`mix`: {error} of {job.shards}, in train") from None
+        raise DataError(f"`mix`: {error} of {run.shards}, in train") from None
 
 
 def draw_weights(label: str, over: Sequence[str], labels: Labels, train: Selected) -> Weights:
