@@ -5,7 +5,6 @@
     python -m train evaluate --run runs/first --split valid           score its best checkpoint on a split
     python -m train predict --run runs/first --out scores.csv images  score image files
     python -m train export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
-    python -m train inputs --out inputs.png                           draw the images as training sees them
     python -m train embed runs/first --out train.parquet              embeddings of a split, for other models
 
 `torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.

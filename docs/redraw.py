@@ -15,16 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from PIL import Image, ImageChops
 from rich.console import Console
 from rich.text import Text
 
+from pipeline import open_shards
 from pipeline.base.pages import open_templates
-from pipeline.look.sheet import describe_sample, draw_sheet, fit, read_images, spread_rows
-from pipeline.manifest import read_manifest
-from pipeline.stream.samples import open_split
+from pipeline.labels import LABELS
 
 DOCS = Path(__file__).resolve().parent
 PICTURES, SAMPLE = DOCS / "pictures", DOCS / "sample"
@@ -46,6 +44,7 @@ COMMANDS = {  # what makes what is in WORK, besides make train
 }
 COPIED = [f"{RUN}/{name}" for name in ("model-card.md", "metrics.jsonl", "predictions.csv")]  # to SAMPLE
 COPIED.append(f"{SWEEP}/sweep.csv")
+SIGNS = {"+": 1, "?": -1, "−": 0}  # of states, in captions
 # How much of a page is drawn, in pixels.
 HEIGHTS = {"report.png": 850, "labels.png": 870, "audit.png": 1000}
 CURVES, MAPS = ("Cardiomegaly", "Atelectasis"), ("Cardiomegaly", "Pleural Effusion")  # in front
@@ -65,7 +64,10 @@ text {{ font-size: {char_height}px }} #lines {{ transform: translateY(%(end).1fp
 FRONT = """{% extends "base.html" %}{% block main %}<style>
 main { max-width: none; padding: 0; display: grid; grid-template-columns: 430px 1fr; gap: 18px; align-items: center }
 main img { display: block; width: 100% } figcaption { text-align: center } .panels { grid-template-columns: 1fr 1fr }
-</style><img src="{{ sheet }}"><div class="panels">{{ curves | join | safe }}
+.films { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px } .films figcaption { font-size: 11px }
+</style><div><p>Synthetic images: + positive, ? uncertain, − negative</p><div class="films">
+{% for film, caption in films %}<figure><img src="{{ film }}"><figcaption>{{ caption }}
+</figcaption></figure>{% endfor %}</div></div><div class="panels">{{ curves | join | safe }}
 {% for label, map in maps.items() %}<figure><img src="{{ map }}"><figcaption>heat map: {{ label }}</figcaption></figure>
 {% endfor %}</div>{% endblock %}"""
 
@@ -123,11 +125,13 @@ def draw_recording(lines: list[tuple[float, str]]) -> str:
 
 def compose_front() -> str:
     """A page of synthetic images, the report's ROC curves and predict's heat maps."""
-    split = open_split(WORK / "shards/synthetic", read_manifest(WORK / "shards/synthetic"), "train")
-    rows = spread_rows(np.arange(split.table.num_rows), 6, seed=1)
-    captions = [describe_sample(row)[1:] for row in split.table.take(rows).to_pylist()]
-    tiles = [fit(film, 256) for film in read_images(split, rows)]
-    sheet = draw_sheet("Synthetic images: + positive, ? uncertain, − negative", tiles, captions, 3, text_size=20)
+    train = open_shards(WORK / "shards/synthetic")["train"]
+    batch = next(iter(train.batches(batch_size=6, size=256, epoch=0, seed=1)))
+    films = []
+    for pixels, row in zip(batch.images, train.split.table.take(batch.step.images).to_pylist(), strict=True):
+        states = {sign: [name for name in LABELS if row[name] == state] for sign, state in SIGNS.items()}
+        caption = "; ".join(f"{sign} {', '.join(names)}" for sign, names in states.items() if names)
+        films.append((embed_picture(Image.fromarray(pixels[0])), caption))
     report, scores = (WORK / "report.html").read_text(), pd.read_csv(WORK / "maps.csv")
     named = f'<figure><svg[^>]*"ROC curve of (?:{"|".join(CURVES)})".*?</figure>'
     curves = re.findall(named, report, re.DOTALL)[: len(CURVES)]  # of valid, which comes first
@@ -136,7 +140,7 @@ def compose_front() -> str:
         name = f"{scores[label].idxmax() + 1:05d}-*-{label.lower().replace(' ', '-')}.png"
         maps[label] = embed_picture(Image.open(next((WORK / "maps").glob(name))))
     template = open_templates("pipeline.look").from_string(FRONT)
-    return template.render(title="", sheet=embed_picture(sheet), curves=curves, maps=maps)
+    return template.render(title="", films=films, curves=curves, maps=maps)
 
 
 def embed_picture(picture: Image.Image) -> str:

@@ -139,7 +139,6 @@ def test_a_command_line_that_trains_nothing_does_not_wait_for_torch() -> None:
         "predict --run r --out scores.csv tests": 1,
         "export --run r --out model.onnx": 1,
         "embed rescnn --pretrained --shards no --out train.parquet": 1,
-        "inputs --shards no --out inputs.png": 1,
         "localize --shards no --run r --boxes README.md": 1,
     }
     absent = ("torch", "scipy.special", "scipy.optimize", "scipy.stats", "pandas", "matplotlib", "jinja2")

@@ -348,7 +348,6 @@ for each in (
     use.evaluate_command,
     use.predict_command,
     use.export_command,
-    use.inputs_command,
     use.localize_command,
 ):
     main.add_command(each)

@@ -15,12 +15,13 @@ from model.runs.overlap import check_seen
 from model.runs.predictor import Network, load_network
 from model.runs.run import Run, open_images
 from pipeline.base.errors import DataError
+from pipeline.base.files import atomic_file
 from pipeline.base.pages import show_figure, show_limits
 from pipeline.base.tabular import Table
 from pipeline.console import progress_bar
 from pipeline.images import Gray, decode_stored, prepare, resize
 from pipeline.labels import LABELS
-from pipeline.look.sheet import draw_overlay, read_images, save_sheet
+from pipeline.look.overlay import draw_overlay, read_images
 from pipeline.measure.localization import Cell, Marks, mark_image
 from pipeline.measure.metrics import Floats
 
@@ -51,11 +52,10 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
             labels = [known[place] for place in np.argsort(-row, kind="stable")[:top]]
             for label, heat in zip(labels, draw_heats(member, image, labels), strict=True):
                 score = row[known.index(label)]
-                picture = draw_overlay(
-                    image, heat, [f"{label}: score {score:.3f}", f"{member.folder.name}, not for clinical use"]
-                )
+                caption = [f"{label}: score {score:.3f}", f"{member.folder.name}, not for clinical use"]
                 name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
-                save_sheet(picture, out / name)
+                with atomic_file(out / name) as picture:
+                    draw_overlay(image, heat, caption).save(picture, "PNG")
                 written += 1
             advance(number + 1, len(files))
     return written

@@ -1,6 +1,6 @@
-"""Commands of train.py that use a run, or show its training images.
+"""Commands of train.py that use a run: evaluate, predict, export, adopt, localize.
 
-evaluate, predict, export, adopt, inputs, localize: modules that need torch are imported only when a command runs.
+Modules that need torch are imported only when a command runs.
 """
 
 import json
@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from model.names import AUGMENTATIONS, parse_shape
 from model.runs.config import (
-    IMAGE_SIZE,
     READ,
     SCORED_BY,
-    SIZE,
-    SIZE_HELP,
     Assessment,
     Config,
     Setup,
@@ -43,7 +38,6 @@ if TYPE_CHECKING:
 
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 CHECK = run_option(False, "Only check the options, which needs no shards.")
-VARIANTS = 4  # number of epochs that `inputs` shows
 # Settings of `adopt`
 ADOPTED = ("arch", "init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")
 
@@ -325,62 +319,6 @@ def adopt_command(place: Place, setup: Setup, config: Config) -> int:
     adopt_weights(config, setup, place.run)
     print_run(place.run)
     return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """Options of `inputs`."""
-
-    split: str = option("train")
-    where: tuple[str, ...] = option((), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION")
-    n: int = option(6, "Number of images.", low=1, high=400)
-    seed: int = option(0, "Another seed shows other images.", low=0)
-    augment: str = option("affine", choices=[name for name in AUGMENTATIONS if name != "none"])
-    image_size: str = option(IMAGE_SIZE, SIZE_HELP, check=parse_shape, metavar=SIZE)
-    out: Path = option(..., "Picture: .png or .jpg.", type=FILE)
-
-
-@command(
-    "inputs",
-    Inputs,
-    Fields(Setup, READ),
-    example="python -m train inputs --shards shards --augment crop --out inputs.png",
-)
-def inputs_command(given: Inputs, setup: Setup) -> None:
-    """Draw images as training reads them, before and after augmentation.
-
-    As in the first step of the first epochs, were these images the batch.
-    """
-    from pipeline.look.sheet import FORMATS, draw_variants, save_sheet, spread_rows
-
-    out, kind, seed = given.out, given.augment, given.seed
-    refuse_usage(out.suffix.lower() not in FORMATS, f"--out {out}: the name must end in {' or '.join(FORMATS)}")
-    check_folder(out)
-    setup = setup.checked()
-    import torch
-
-    from model.augment import augment
-    from pipeline.stream.select import select_rows
-
-    collection = setup.open()
-    opened = collection.open(given.split)
-    rows = select_rows(opened.table, given.where)
-    chosen = spread_rows(rows, given.n, seed)
-    mean, std = (collection.manifest.pixels[name] for name in ("mean", "std"))
-
-    def vary(images: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-        batch = torch.from_numpy(images)[:, None]
-        inputs = [augment(batch, mean, std, (seed, epoch, 0), AUGMENTATIONS[kind]) for epoch in range(VARIANTS)]
-        return [(image * std + mean).round().clamp(0, 255)[:, 0].byte().numpy() for image in inputs]
-
-    # Showing sex=Female next to keys would reveal patient data: say only that there were conditions.
-    conditions = " under conditions" if given.where else ""
-    counts = f"{len(chosen):,} of {len(rows):,} images{conditions}"
-    title = f"{given.split}: {counts}, seed {seed}, augmented ({kind})"
-    save_sheet(draw_variants(title, opened, chosen, parse_shape(given.image_size), vary), out)
-    echo(f"{out}: {title}")
-    how = ("--augment", kind, "--image-size", given.image_size, "--run", "RUN")
-    say_next(*TRAIN, *repeat("--shards", setup.shards), *how)
 
 
 @dataclass(frozen=True, kw_only=True)

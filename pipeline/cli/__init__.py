@@ -17,7 +17,6 @@ COMMANDS = {  # name → module, and its line in --help
     "shards": ("making", "Write a data set as shards: tars, Arrow tables, a manifest."),
     "verify": ("making", "Check shards against their manifest."),
     "stats": ("looking", "Count the labels of shards, folders or CSVs."),
-    "show": ("looking", "Draw a contact sheet of images."),
     "audit": ("looking", "Ask which non-disease factors predict each label."),
     "judge": ("looking", "Judge scores of any network or reader."),
 }

@@ -1,8 +1,8 @@
-"""The commands that look at labels, images and scores: stats, show, audit, judge."""
+"""The commands that look at labels, images and scores: stats, audit, judge."""
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from pipeline.base.workers import count_cpus
 from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command, pictures_option
 from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
 from pipeline.judging import Judging
-from pipeline.labels import LABELS, STATES, VIEWS
+from pipeline.labels import VIEWS
 from pipeline.look.label_report import print_report
 from pipeline.manifest import NAME, find_blank, read_manifest
 from pipeline.measure.counts import (
@@ -69,7 +69,7 @@ def stats(given: Stats) -> None:
     from pipeline.sources.load import load_tables
     from pipeline.stream.cache import find_shards
 
-    check_output("--html", given.html, (".html",))
+    check_page(given.html)
     refuse_usage(given.format == "csv" and given.policy, "--format csv has no room for --policy; use json")
     split, views = given.split, given.views
     shards = [find_shards(source, given.cache) for source in given.sources]
@@ -122,51 +122,11 @@ def _render_page(
     return render_label_report(title, ", ".join(scope), report, table, audit)
 
 
-def check_output(option: str, path: Path | None, suffixes: Collection[str]) -> None:
-    """Refuse an output file that cannot be written, before any work is done."""
+def check_page(path: Path | None) -> None:
+    """Refuse an --html that cannot be written, before any work is done."""
     if path:
-        wrong = path.suffix.lower() not in suffixes
-        refuse_usage(wrong, f"{option} {path}: the name must end in {' or '.join(suffixes)}")
-        refuse_usage(not path.parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Show(Cached):
-    """What `show` takes."""
-
-    shards: Path | str = option(..., argument=True, type=PathOrUrl(file_okay=False))
-    split: str = option("train")
-    label: str | None = option(None, "Show images by their state of this label.", choices=LABELS, metavar="LABEL")
-    state: str | None = option(None, "State of --label.", choices=STATES, shown="positive")
-    where: tuple[str, ...] = option((), "Only images that meet this: sex=Female, age>=60.", metavar="CONDITION")
-    n: int = option(16, "Number of images.", low=1, high=400)
-    seed: int = option(0, "Another seed shows other images.", low=0)
-    out: Path = option(..., "Picture: .png or .jpg.", type=FILE)
-
-
-@command("show", Show, example="pipeline show shards --label Edema --state uncertain --out edema.png")
-def show(given: Show) -> None:
-    """Draw a contact sheet of images in SHARDS, spread over the split, with their keys and labels."""
-    from pipeline.look.sheet import FORMATS, draw_images, find_state, save_sheet, spread_rows
-    from pipeline.stream.cache import find_shards
-    from pipeline.stream.samples import open_split
-    from pipeline.stream.select import select_rows
-
-    out, label = given.out, given.label
-    refuse_usage(given.state and not label, "--state needs --label")
-    check_output("--out", out, FORMATS)
-    folder, remote = find_shards(given.shards, given.cache)
-    opened = open_split(folder, read_manifest(folder), given.split, remote)
-    rows, state = select_rows(opened.table, given.where), given.state or "positive"
-    if label:
-        rows = find_state(opened, rows, label, state)
-    chosen = spread_rows(rows, given.n, given.seed)
-    # The title does not name the conditions: sex=Female next to keys would disclose patients' data.
-    chosen_by = f"{f' {state} for {label}' if label else ''}{' under conditions' if given.where else ''}"
-    title = f"{given.split}: {len(chosen):,} of {len(rows):,} images{chosen_by}, seed {given.seed}"
-    sheet = draw_images(title, opened, chosen)
-    save_sheet(sheet, out)
-    echo(f"{out}: {title}")
+        refuse_usage(path.suffix.lower() != ".html", f"--html {path}: the name must end in .html")
+        refuse_usage(not path.parent.is_dir(), f"--html {path}: there is no folder {path.parent}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +157,7 @@ def audit(given: Auditing) -> int:
     sources, split, views = given.sources, given.split, given.views
     are_shards = all((source / NAME).is_file() for source in sources)
     refuse_usage(given.images and not are_shards, "--images needs shards: pipeline shards SOURCE OUT, then audit OUT")
-    check_output("--html", given.html, (".html",))
+    check_page(given.html)
     table = load_tables(sources, split, views, audited=True)
     edge: dict[str, Floats] = {}
     content: dict[str, Floats] = {}
