@@ -4,7 +4,8 @@ ITU-T T.81, annex B; W3C PNG, section 11. Only parts that a decoder needs are no
 """
 
 import re
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,8 +19,7 @@ _SOS, _EOI, _APP2, _DQT, _SCAN_DATA = 0xDA, 0xD9, 0xE2, 0xDB, 0x00  # JPEG marke
 _END = bytes([0xFF, _EOI])
 _LONGEST_KEPT = 4096  # bytes of a file's head that are cached
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # of JPEG and JPEG-LS
-# Frames, Huffman and arithmetic tables, restarts, quantization, scans.
-_JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, _SOS, _SCAN_DATA, _EOI}
+_JPEG_IMAGE = _FRAMES | {0xC4, 0xCC, _DQT, 0xDD, _SOS, _SCAN_DATA, _EOI}  # and Huffman, arithmetic tables, restarts
 _JPEG_PLAIN = {(0xE0, b"JFIF\0", 18), (0xEE, b"Adobe", 16)}  # fixed fields; a longer JFIF holds a thumbnail
 PNG_PLAIN = set(b"IHDR PLTE IDAT IEND tRNS bKGD sBIT sRGB gAMA cHRM pHYs".split())
 _MARKER = re.compile(rb"\xff+([\x01-\xfe])")
@@ -34,32 +34,26 @@ _SUMS = np.clip((np.array(_LUMINANCE.split(), int) * _PERCENT[:, None] + 50) // 
 
 
 class Picture(NamedTuple):
-    """A decoded image: gray pixels, full size or DCT-scaled; its full shape (H, W); bits per channel of the file.
+    """A decoded image in gray, and what is known of its file."""
 
-    `stripped` says whether the file has metadata, `copy` is the file without it, if that can be stored; `levels` holds
-    each gray level of the file; None: as in `pixels`. `notes` list assumptions.
-    """
-
-    pixels: npt.NDArray[np.uint8]
-    shape: tuple[int, int]
-    bits: int
-    stripped: bool = True
+    pixels: npt.NDArray[np.uint8]  # full size or DCT-scaled
+    shape: tuple[int, int]  # full height and width
+    bits: int  # per channel of the file
+    stripped: bool = True  # whether the file has metadata
     quality: int | None = None
-    copy: bytes | None = None
-    levels: npt.NDArray[Any] | None = None
-    notes: tuple[str, ...] = ()
+    copy: bytes | None = None  # the file without metadata, if that can be stored
+    levels: npt.NDArray[Any] | None = None  # holds each gray level of the file; None: as in `pixels`
+    notes: tuple[str, ...] = ()  # assumptions
 
 
 class Facts(NamedTuple):
-    """The header facts of a JPEG: size, channels and bits per channel, EXIF, and other metadata.
+    """What the header of a JPEG says; `bits` are those of a channel, `frame` is the marker of that kind.
 
-    `frame` is its marker; `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for
-    what libjpeg wrote; None without such a table.
+    `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for what libjpeg wrote; None
+    without such a table.
     """
 
-    height: int
-    width: int
-    channels: int
+    shape: tuple[int, int, int]  # height, width, channels
     bits: int
     exif: bytes | None
     is_multiple: bool
@@ -84,17 +78,19 @@ def _read_head(jpeg: bytes) -> Facts:
     """The facts of a JPEG without scans. Most files of a data set begin alike."""
     head = list(_segments(jpeg))
     frame, header = next((part for part in head if part[0] in _FRAMES and len(part[1]) > 9), (None, bytes(10)))
-    return Facts(
-        height=int.from_bytes(header[5:7]),
-        width=int.from_bytes(header[7:9]),
-        channels=header[9],
-        bits=header[4],
-        exif=next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), None),
-        is_multiple=any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head),
-        has_metadata=any(_is_metadata(*segment) for segment in head),
-        frame=frame,
-        quality=_estimate_quality(part[4:] for marker, part in head if marker == _DQT),
-    )
+    bits, height, width, channels = struct.unpack_from(">BHHB", header, 4)
+    exif = next((part[4:] for _, part in head if part[4:10] == b"Exif\0\0"), None)
+    is_multiple = any(marker == _APP2 and part[4:8] == b"MPF\0" for marker, part in head)
+    quality = None
+    for tables in (part[4:] for marker, part in head if marker == _DQT):
+        while tables:
+            wide, number = divmod(tables[0], 16)
+            table, tables = tables[1 : 65 + 64 * wide], tables[65 + 64 * wide :]
+            if number == 0:  # luminance's; 16-bit levels begin with their high byte
+                total = sum(table) + wide * 255 * sum(table[::2])
+                quality = 1 + int(np.abs(_SUMS - total).argmin())
+    has_metadata = any(_is_metadata(*segment) for segment in head)
+    return Facts((height, width, channels), bits, exif, is_multiple, has_metadata, frame, quality)
 
 
 def strip_metadata(jpeg: bytes) -> bytes:
@@ -145,19 +141,6 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
             position = end.start() if end else len(jpeg)
             yield _SCAN_DATA, jpeg[start:position]
     raise ValueError("its segments are damaged")
-
-
-def _estimate_quality(segments: Iterable[bytes]) -> int | None:
-    """The quality of the last table 0, luminance's, in the quantization segments; None without one."""
-    quality = None
-    for tables in segments:
-        while tables:
-            wide, number = divmod(tables[0], 16)
-            table, tables = tables[1 : 65 + 64 * wide], tables[65 + 64 * wide :]
-            if number == 0:
-                total = sum(table) + wide * 255 * sum(table[::2])  # 16-bit levels begin with their high byte
-                quality = 1 + int(np.abs(_SUMS - total).argmin())
-    return quality
 
 
 def _is_metadata(marker: int, segment: bytes) -> bool:

@@ -2,8 +2,8 @@
 
 By pydicom and decoders under permissive licenses (pyproject.toml names each). Gray levels follow DICOM PS3.3: padding
 (C.7.5.1.1.2) is black, modality LUT or rescaling (C.11.1), then the first VOI LUT or window (C.11.2), or else the range
-of the pixels; MONOCHROME1 is inverted. All this is computed once per possible level, not per pixel. The formulas are
-written out here: pydicom's functions lack padding, and clip indices in the type of a table's entries.
+of the pixels; MONOCHROME1 is inverted. The formulas are written out here: pydicom's functions lack padding, and clip
+indices in the type of a table's entries.
 """
 
 import logging
@@ -27,8 +27,8 @@ from pipeline.containers import JPEG, Picture, read_jpeg_facts
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-Levels = npt.NDArray[np.integer[Any]]
-Measured = npt.NDArray[np.floating[Any]]
+Levels = npt.NDArray[np.integer]
+Measured = npt.NDArray[np.floating]
 Bools = npt.NDArray[np.bool_]
 
 # Only these are parsed: none of them names a patient.
@@ -39,10 +39,7 @@ _TAGS += ["WindowCenter", "WindowWidth", "PixelPaddingValue", "PixelPaddingRange
 _NO_PREAMBLE = re.compile(rb"[\x02\x08]\0[\0-\x18]\0")  # the first tag: (0002,…) or (0008,…)
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1".ljust(22, b"\0")
 _OTHER_TAGS = 2**24  # bytes, at most, beside the pixels of a deflated file
-# Strict decoders before GDCM, which makes something of damaged data too.
-_DECODERS = ("pylibjpeg", "pyjpegls", "pillow", "pydicom", "gdcm")
 _J2K = b"\xff\x4f\xff\x51"  # how a JPEG 2000 stream begins
-_STREAMS = (JPEG, _J2K, b"\0\0\0\x0cjP  ")
 MISSED = "a window that shows all pixels as one level, replaced by their range"
 _lock, _inside, _undo = threading.Lock(), list[str](), ExitStack()
 
@@ -87,15 +84,24 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
     """The header, checked. Raises ValueError unless it is a single gray image, DataError if pydicom is missing."""
     with needs("dicom"):
         from pydicom import dcmread, uid
-    data = _inflate(data, 4 * max_pixels + _OTHER_TAGS)
+    longest, end = (
+        4 * max_pixels + _OTHER_TAGS,
+        144 + int.from_bytes(data[140:144], "little"),
+    )  # of the file's meta tags
+    if data[128:136] == b"DICM\2\0\0\0" and _DEFLATED in data[:end]:
+        stream = zlib.decompressobj(-zlib.MAX_WBITS)
+        with _quietly("its deflated part is damaged"):
+            inflated = stream.decompress(data[end:], longest)
+        if not stream.eof:
+            raise _UnfitError(f"its deflated part ends early, or has more than {longest:,} bytes")
+        data = data[:end].replace(_DEFLATED, _EXPLICIT) + inflated
     with _quietly("its header is damaged"):
         dicom = dcmread(BytesIO(data), force=True, specific_tags=_TAGS)
         if "PixelData" not in dicom:
             raise _UnfitError("it has no pixels, or ends early")
         if "TransferSyntaxUID" not in dicom.file_meta:
             plain = {(True, True): uid.ImplicitVRLittleEndian, (False, True): uid.ExplicitVRLittleEndian}
-            guess = plain.get(dicom.original_encoding, uid.ExplicitVRBigEndian)
-            dicom.file_meta.TransferSyntaxUID = guess
+            dicom.file_meta.TransferSyntaxUID = plain.get(dicom.original_encoding, uid.ExplicitVRBigEndian)
         if dicom.get("NumberOfFrames") is not None and _check_number(dicom, "NumberOfFrames", 1, 2**31 - 1) > 1:
             raise _UnfitError("more than one frame")
         is_gray = dicom.get("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
@@ -122,31 +128,11 @@ def read_position(data: bytes) -> str:
         return str(dicom.get("ViewPosition") or "").strip().upper()
 
 
-def decode_dicom(dicom: "Dataset") -> Picture:
-    """An opened DICOM in gray. Raises ValueError for damaged pixels, and if a decoder is missing."""
-    stored = _decode(dicom)
-    with _quietly("its window or lookup table cannot be applied"):
-        return _render(dicom, *stored)
-
-
 def _check_number(dicom: "Dataset", name: str, low: int, high: int) -> int:
     number = dicom.get(name)
     if not isinstance(number, int) or not low <= number <= high:
         raise _UnfitError(f"its {name} is missing, or is not a number from {low} to {high}")
     return int(number)
-
-
-def _inflate(data: bytes, longest: int) -> bytes:
-    """A deflated file inflated, to a bounded length; any other file unchanged. Raises ValueError."""
-    end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta information
-    if data[128:136] != b"DICM\2\0\0\0" or _DEFLATED not in data[:end]:
-        return data
-    stream = zlib.decompressobj(-zlib.MAX_WBITS)
-    with _quietly("its deflated part is damaged"):
-        inflated = stream.decompress(data[end:], longest)
-    if not stream.eof:
-        raise _UnfitError(f"its deflated part ends early, or has more than {longest:,} bytes")
-    return data[:end].replace(_DEFLATED, _EXPLICIT) + inflated
 
 
 def _decode(dicom: "Dataset") -> tuple[Levels, int, int, bool]:
@@ -178,7 +164,14 @@ def _decode(dicom: "Dataset") -> tuple[Levels, int, int, bool]:
             # Sign bits would lie above the stored ones: without any, the values are those of the header.
             bits = depth if has_sign or int(words.max()) >> bits or bits > depth else bits
             if is_signed != bool(has_sign):
-                is_signed = _is_smoother_signed(dicom, words, bits)
+                # Both are wrong in real files, and a wrong sign makes black of white: neighbors differ less by the
+                # right one, padding apart, which is far from any neighbor. If they say nothing, the header decides.
+                levels = words.astype(np.int64) & (2**bits - 1)
+                signed = _to_signed(levels, bits)
+                is_padding = _find_padding(dicom, True, signed) | _find_padding(dicom, False, levels)
+                counted = ~(is_padding[:, 1:] | is_padding[:, :-1])
+                as_signed, unsigned = (np.abs(np.diff(values))[counted].sum() for values in (signed, levels))
+                is_signed = bool(as_signed < unsigned or (as_signed == unsigned and is_signed))
             shift = 0
     return words, bits, shift, is_signed
 
@@ -192,12 +185,14 @@ def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, t
     from pydicom.uid import JPEGExtended12Bit, RLELossless
 
     syntax, file = dicom.file_meta.TransferSyntaxUID, BytesIO(dicom.PixelData)
-    plugin = next((name for name in _DECODERS if name in available), "")
+    # Strict decoders before GDCM, which makes something of damaged data too.
+    decoders = ("pylibjpeg", "pyjpegls", "pillow", "pydicom", "gdcm")
+    plugin = next((name for name in decoders if name in available), "")
     offsets = len(parse_basic_offsets(file))
     fragments = [fragment for fragment in generate_fragments(file) if fragment]
     # Of RLE, a frame is one fragment (PS3.5, A.4.2).
-    starts = [True if syntax == RLELossless else part.startswith(_STREAMS) for part in fragments]
-    if max(offsets, sum(starts)) > 1:
+    beginnings = b"" if syntax == RLELossless else (JPEG, _J2K, b"\0\0\0\x0cjP  ")
+    if max(offsets, sum(part.startswith(beginnings) for part in fragments)) > 1:
         raise _UnfitError("more than one frame")
     if not plugin:
         raise _UnfitError(f"there is no decoder for {syntax.name}: pip install 'chexpert-pipeline[dicom]'")
@@ -206,7 +201,7 @@ def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, t
     stream = b"".join(fragments)
     if stream.startswith(JPEG):
         facts = read_jpeg_facts(stream)
-        shape, bits, is_signed = (facts.height, facts.width, facts.channels), facts.bits, None
+        shape, bits, is_signed = facts.shape, facts.bits, None
     else:  # ITU-T T.800, A.5.1: the size of the grid, the offset of the image in it, tiles, channels, sign and bits
         *grid, channels, depth = struct.unpack_from(">4I16xHB", stream, stream.index(_J2K) + 8)
         shape = (grid[1] - grid[3], grid[0] - grid[2], channels)
@@ -223,58 +218,50 @@ def _to_signed(values: Levels, bits: int) -> Levels:
     return values - (values >> (bits - 1) << bits)
 
 
-def _is_smoother_signed(dicom: "Dataset", words: Levels, bits: int) -> bool:
-    """Whether neighbors differ less as signed values: decides if stream and header disagree.
-
-    Both are wrong in real files, and a wrong sign makes black of white. Padding, which is far from any neighbor, does
-    not count; if the rest says nothing, the header decides.
-    """
-    levels = words.astype(np.int64) & (2**bits - 1)
-    signed = _to_signed(levels, bits)
-    is_padding = _find_padding(dicom, True, signed) | _find_padding(dicom, False, levels)
-    counted = ~(is_padding[:, 1:] | is_padding[:, :-1])
-    as_signed, unsigned = (np.abs(np.diff(values))[counted].sum() for values in (signed, levels))
-    return bool(as_signed < unsigned or (as_signed == unsigned and dicom.PixelRepresentation == 1))
-
-
-def _render(dicom: "Dataset", words: Levels, bits: int, shift: int, is_signed: bool) -> Picture:
-    """The image in gray, computed once for each value of the words [H, W]."""
-    places, ends = words, cv2.minMaxLoc(words)[:2] if words.itemsize <= 2 else ()
-    values: Levels = np.arange(int(max(ends, default=0)) + 1)
-    if not ends:
-        values, places = np.unique(words.astype(np.int64), return_inverse=True)
-    levels = (values >> shift) & (2**bits - 1)
-    if is_signed:
-        levels, values = _to_signed(levels, bits), _to_signed(values, 8 * words.itemsize)
-    is_padding = _find_padding(dicom, is_signed, levels) | _find_padding(dicom, is_signed, values)
-    modality, voi = _find_table(dicom, "ModalityLUTSequence"), _find_table(dicom, "VOILUTSequence")
-    occurs = np.ones(len(values), np.bool_)
-    is_rising = not (modality or voi or is_signed or is_padding.any()) and (np.diff(levels) > 0).all()
-    if ends and is_rising:
-        occurs = np.isin(values, ends)  # windows rise with the levels, too: no other decides
-    elif ends:
-        occurs = cv2.calcHist([words], [0], None, [len(values)], [0, len(values)]).ravel() > 0
-    seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
-    measured = _measure(dicom, modality, levels, seen)
-    low, high = measured[seen].min(), measured[seen].max()
-    shown, notes = _apply_voi(dicom, voi, measured, seen), tuple[str, ...]()
-    if shown is not None and low < high and np.ptp(np.rint(255 * shown[seen])) == 0:
-        shown, notes = None, (MISSED,)
-    if shown is None:
-        shown = (measured - low) / ((high - low) or 1)
-    if not np.isfinite(measured + shown).all():
-        raise ValueError
-    gray = np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
-    if dicom.PhotometricInterpretation == "MONOCHROME1":
-        gray = 255 - gray
-    gray[is_padding] = 0
-    try:  # nine times as fast as indexing
-        pixels = cv2.LUT(places, np.pad(gray, (0, 256**words.itemsize - len(gray))) if ends else gray)
-    except cv2.error:  # of more than 16 bits, or before OpenCV 5 of 16
-        pixels = gray[places]
-    return Picture(
-        np.asarray(pixels, np.uint8), pixels.shape, bits, levels=places if is_rising else measured[seen], notes=notes
-    )
+def decode_dicom(dicom: "Dataset") -> Picture:
+    """An opened DICOM in gray. Raises ValueError for damaged pixels, and if a decoder is missing."""
+    words, bits, shift, is_signed = _decode(dicom)
+    with _quietly("its window or lookup table cannot be applied"):
+        # Gray is computed once for each possible value of the words, or each that occurs in words of 32 bits.
+        places, ends = words, cv2.minMaxLoc(words)[:2] if words.itemsize <= 2 else ()
+        values: Levels = np.arange(int(max(ends, default=0)) + 1)
+        if not ends:
+            values, places = np.unique(words.astype(np.int64), return_inverse=True)
+        levels = (values >> shift) & (2**bits - 1)
+        if is_signed:
+            levels, values = _to_signed(levels, bits), _to_signed(values, 8 * words.itemsize)
+        is_padding = _find_padding(dicom, is_signed, levels) | _find_padding(dicom, is_signed, values)
+        modality, voi = _find_table(dicom, "ModalityLUTSequence"), _find_table(dicom, "VOILUTSequence")
+        occurs = np.ones(len(values), np.bool_)
+        is_rising = not (modality or voi or is_signed or is_padding.any()) and (np.diff(levels) > 0).all()
+        if ends and is_rising:
+            occurs = np.isin(values, ends)  # windows rise with the levels, too: no other decides
+        elif ends:
+            occurs = cv2.calcHist([words], [0], None, [len(values)], [0, len(values)]).ravel() > 0
+        seen = occurs & ~is_padding if (occurs & ~is_padding).any() else occurs
+        if modality:  # C.11.1
+            measured = _apply_table(dicom, modality, levels, seen)[0]
+        else:
+            slope, intercept = _read_number(dicom, "RescaleSlope"), _read_number(dicom, "RescaleIntercept")
+            measured = levels * (slope or 1.0) + (intercept or 0.0)
+        low, high = measured[seen].min(), measured[seen].max()
+        shown, notes = _apply_voi(dicom, voi, measured, seen), tuple[str, ...]()
+        if shown is not None and low < high and np.ptp(np.rint(255 * shown[seen])) == 0:
+            shown, notes = None, (MISSED,)
+        if shown is None:
+            shown = (measured - low) / ((high - low) or 1)
+        if not np.isfinite(measured + shown).all():
+            raise ValueError
+        gray = np.rint(255 * np.clip(shown, 0, 1)).astype(np.uint8)
+        if dicom.PhotometricInterpretation == "MONOCHROME1":
+            gray = 255 - gray
+        gray[is_padding] = 0
+        try:  # nine times as fast as indexing
+            pixels = cv2.LUT(places, np.pad(gray, (0, 256**words.itemsize - len(gray))) if ends else gray)
+        except cv2.error:  # of more than 16 bits, or before OpenCV 5 of 16
+            pixels = gray[places]
+        in_file = places if is_rising else measured[seen]
+        return Picture(np.asarray(pixels, np.uint8), pixels.shape, bits, levels=in_file, notes=notes)
 
 
 def _find_padding(dicom: "Dataset", is_signed: bool, levels: Levels) -> Bools:
@@ -287,14 +274,6 @@ def _find_padding(dicom: "Dataset", is_signed: bool, levels: Levels) -> Bools:
     if is_signed:
         ends = _to_signed(ends, 16)
     return np.asarray((ends.min() <= levels) & (levels <= ends.max()))
-
-
-def _measure(dicom: "Dataset", table: "Dataset | None", levels: Levels, seen: Bools) -> Measured:
-    """Levels after the modality LUT or rescaling (C.11.1)."""
-    if table:
-        return _apply_table(dicom, table, levels, seen)[0]
-    slope, intercept = _read_number(dicom, "RescaleSlope"), _read_number(dicom, "RescaleIntercept")
-    return levels * (slope or 1.0) + (intercept or 0.0)
 
 
 def _apply_voi(dicom: "Dataset", table: "Dataset | None", measured: Measured, seen: Bools) -> Measured | None:

@@ -1,13 +1,13 @@
 """Image file → the bytes stored in a shard → uint8 array for a batch.
 
 Every image is decoded once before it enters a shard, so a damaged file is found here. Sizes are read from the
-header first, and metadata (EXIF, comments, color profiles: patient data) never gets through. JPEG coding and
-resizing release the interpreter lock.
+header first, and metadata (EXIF, comments, color profiles: patient data) never gets through.
 """
 
 import io
 import re
 import struct
+from contextlib import suppress
 from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
@@ -37,7 +37,6 @@ DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK, MISSED)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
 _ORIENTATION = 0x0112  # the EXIF tag
-_PALETTE = 3  # a PNG's type of color
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n", re.DOTALL
 )
@@ -63,40 +62,34 @@ class ImageOptions(NamedTuple):
 
 
 class Original(NamedTuple):
-    """An image file before conversion: upright pixels; bytes; bits per channel; JPEG quality as in `Facts`."""
+    """An image file before conversion."""
 
-    width: int
+    width: int  # of the upright image
     height: int
     file_bytes: int
-    bits: int
-    jpeg_quality: int | None
+    bits: int  # per channel
+    jpeg_quality: int | None  # as in `Facts`
 
 
 class Prepared(NamedTuple):
-    """The bytes to store, the pixels [H, W] that they encode, whether metadata was left behind, and the file.
-
-    `levels` [256] counts the gray levels of every 16th pixel: counting all would take as long as encoding them.
-    `notes` list assumptions about the image, and doubtful conversions of its gray levels (`DOUBTS`).
-    """
+    """An image as a shard stores it."""
 
     data: bytes
-    pixels: Gray
-    stripped: bool
+    pixels: Gray  # [H, W], which `data` encode
+    stripped: bool  # whether metadata was left behind
     original: Original
-    levels: npt.NDArray[np.int64]
-    notes: tuple[str, ...]
+    levels: npt.NDArray[np.int64]  # [256]: counts of every 16th pixel; all would take as long as encoding them
+    notes: tuple[str, ...]  # assumptions, and doubtful conversions of gray levels (`DOUBTS`)
 
 
 def prepare(data: bytes, options: ImageOptions, stated_bits: int | None = None) -> Prepared:
     """Turn a JPEG, PNG or gray DICOM of any kind into what a shard stores.
 
-    Raises ImageError, ValueError for bad options, and DataError if DICOM files need a missing package.
-    `stated_bits` is the table's number of used bits for a 16-bit PNG that does not state its own.
+    `stated_bits` is the table's number of used bits for a 16-bit PNG that does not state its own. `pad` keeps the
+    aspect and centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already keeps its
+    coefficients: only its metadata is lost. An EXIF orientation is applied to the pixels, since the tag is lost too.
 
-    The shorter side becomes `size`, never enlarged; a square is exactly size×size: `pad` keeps the aspect and
-    centers on black, `crop` takes the center, `stretch` distorts it. A gray JPEG that fits already
-    keeps its coefficients: only its metadata is lost. An EXIF orientation is applied to the pixels, since
-    the tag is lost too.
+    Raises ImageError, ValueError for bad options, and DataError if DICOM files need a missing package.
     """
     if options.size is None and options.square != "no":
         raise ValueError("a square needs a size")
@@ -174,16 +167,13 @@ def raw_header(shape: tuple[int, ...]) -> bytes:
 
 
 def resize(pixels: Gray, height: int, width: int, out: Gray | None = None) -> Gray:
-    """The pixels resized to [height, width], antialiased; the image itself if it has that shape.
-
-    `out` [height, width] may be used for the result.
-
-    Up to a scale of two, OpenCV's bilinear filter is as close to Lanczos as Pillow's antialiased ones, at a quarter of
-    their time, and its levels are the same on every CPU: from 320×320 to 224×224, it differs by 0.46 gray levels and
-    takes 0.10 ms, Pillow's Hamming 0.45 and 0.38 ms. Beyond it would alias: to 128×128, 0.97 beside Hamming's 0.57.
-    """
+    """The pixels resized to [height, width], antialiased, maybe in `out`; the image itself if it has that shape."""
     if pixels.shape == (height, width):
         return pixels
+    # Up to a scale of two, OpenCV's bilinear filter is as close to Lanczos as Pillow's antialiased ones, at a quarter
+    # of their time, and its levels are the same on every CPU: from 320×320 to 224×224, it differs by 0.46 gray levels
+    # and takes 0.10 ms, Pillow's Hamming 0.45 and 0.38 ms. Beyond it would alias: to 128×128, 0.97 beside Hamming's
+    # 0.57.
     if pixels.shape[0] <= 2 * height and pixels.shape[1] <= 2 * width:
         return cv2.resize(pixels, (width, height), out, interpolation=cv2.INTER_LINEAR_EXACT)  # type: ignore[return-value]
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.HAMMING))
@@ -203,8 +193,7 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     facts = containers.read_jpeg_facts(data)
     if facts.is_multiple:
         raise ImageError("more than one frame")
-    orientation = _orientation(facts.exif)
-    if orientation != 1:
+    if (orientation := _orientation(facts.exif)) != 1:
         pixels = _turn(_decode_any(data, colorspace), orientation)
         return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, facts.quality)
     inner = _inner_shape((height, width), options)
@@ -212,8 +201,7 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     # beside an exported network gets the same pixels. libjpeg has fast code for these scales alone.
     least = min(height // (3 * inner[0] // 2), width // (3 * inner[1] // 2))
     part = next((part for part in SCALES if part <= least), 1)
-    minimum = (ceil(height / part), ceil(width / part)) if part > 1 else (0, 0)
-    pixels = _decode_any(data, colorspace, minimum)
+    pixels = _decode_any(data, colorspace, ceil(height / part), ceil(width / part))
     # A last row or column that stands for less than half of its size would shift all others.
     pixels = pixels[: round(height / part), : round(width / part)]
     fits = inner == (height, width) and (options.square == "no" or height == width)
@@ -232,15 +220,14 @@ def _read_shape(data: bytes | memoryview, max_pixels: float) -> tuple[int, int, 
     return height, width, colorspace
 
 
-def _decode_any(data: bytes, colorspace: str, minimum: tuple[int, int] = (0, 0)) -> Gray:
-    """Gray pixels [H, W] at the smallest of libjpeg's scales with the minimum."""
-    least = dict(zip(("min_height", "min_width"), minimum, strict=True))
-    if colorspace in ("Gray", "YCbCr", "RGB"):
-        return simplejpeg.decode_jpeg(data, "GRAY", **least)[:, :, 0]  # type: ignore[no-any-return]
-    pixels = simplejpeg.decode_jpeg(data, "CMYK", **least)
-    # Adobe stores inks inverted, and every reader expects it.
-    size = (pixels.shape[1], pixels.shape[0])
-    return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
+def _decode_any(data: bytes, colorspace: str, height: int = 0, width: int = 0) -> Gray:
+    """Gray pixels [H, W] at the smallest of libjpeg's scales with this size; 0: in full size."""
+    is_cmyk = colorspace not in ("Gray", "YCbCr", "RGB")
+    pixels = simplejpeg.decode_jpeg(data, "CMYK" if is_cmyk else "GRAY", min_height=height, min_width=width)
+    if is_cmyk:  # Adobe stores inks inverted, and every reader expects it
+        size = pixels.shape[1], pixels.shape[0]
+        return np.asarray(Image.frombuffer("CMYK", size, 255 - pixels, "raw", "CMYK", 0, 1).convert("L"))
+    return pixels[:, :, 0]  # type: ignore[no-any-return]
 
 
 def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bits: int | None = None) -> Picture:
@@ -250,7 +237,7 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bi
     if b"acTL" in chunks:
         raise ImageError("more than one frame")
     _check_pixels(width, height, max_pixels)
-    if color == _PALETTE:
+    if color == 3:
         image: Image.Image = Image.open(io.BytesIO(data), formats=("PNG",))
         levels, alpha = np.asarray(image.convert("L")), None
         if image.has_transparency_data:
@@ -264,9 +251,7 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bi
         if alpha is not None:
             levels[alpha == 0] = 0  # whatever is hidden says nothing about the bits
         significant = max(chunks.get(b"sBIT", b"")[: 3 if color & 2 else 1], default=0)  # alpha apart
-        if 1 <= significant <= 16:
-            stated_bits = significant
-        full, notes = _choose_full(int(levels.max()), stated_bits, bits)
+        full, notes = _choose_full(int(levels.max()), significant if 1 <= significant <= 16 else stated_bits, bits)
         pixels = ((levels.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
     if pixels.ndim == 3:
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
@@ -280,13 +265,14 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bi
 def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Levels, Levels | None]:
     """Levels [H, W] or RGB [H, W, 3] of a PNG without a palette, and alpha [H, W] from 0 to 255, or None.
 
-    `clear` is the level, or RGB, that is transparent (tRNS). Levels of fewer than 8 bits are scaled to 8. OpenCV is
-    faster than Pillow, which gives 16-bit color 8 bits; other chunks could make it print warnings and add channels.
+    `clear` is the level, or RGB, that is transparent (tRNS). Levels of fewer than 8 bits are scaled to 8.
     """
+    # OpenCV is faster than Pillow, which gives 16-bit color 8 bits. Other chunks than those of a `plain` PNG could make
+    # it print warnings and add channels.
     decoded = cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_UNCHANGED)
     if decoded is None or decoded.dtype != (np.uint16 if depth == 16 else np.uint8):
         raise ValueError("its pixels are damaged")
-    stored: Levels = np.asarray(decoded, np.uint16 if depth == 16 else np.uint8)
+    stored: Levels = np.asarray(decoded, decoded.dtype)
     levels = stored if stored.ndim == 2 else stored[:, :, 2::-1]
     if stored.shape[2:] == (4,):
         return levels, stored[:, :, 3] >> (depth - 8)
@@ -300,33 +286,28 @@ def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Level
 
 
 def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[int, tuple[str, ...]]:
-    """The level that is white in a 16-bit PNG, by its highest one, and notes. Raises ImageError for too few `bits`.
+    """The level that is white in a 16-bit PNG, and notes; by its highest level, the file's or table's, the user's bits.
 
-    The number of used bits comes from the user, then the file or the table, else from the bit depths of devices that
-    could have made these levels. The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16;
-    exports of DICOM often leave them as they are, and then none exceeds the stated bits.
+    Raises ImageError for too few `bits`.
     """
-    used = bits or stated or next(depth for depth in (8, 10, 12, 14, 16) if not highest >> depth)
     if bits and highest >> bits:
         raise ImageError(f"a level of {highest:,} has more than {bits} bits (--bits)")
-    if highest >> used:
-        used = 16
-    notes = () if highest >> (used - 2) else (NEARLY_BLACK,)
-    if not bits and not stated:
-        notes = () if used == 16 else (f"a 16-bit PNG read as {used} bits, by its highest level (--bits)",)
-    return 2**used - 1, notes
+    # If nobody says it, the fewest bits of those that devices have.
+    used = bits or stated or next(depth for depth in (8, 10, 12, 14, 16) if not highest >> depth)
+    # The PNG specification (W3C, 11.3.2.7) has levels of fewer bits scaled up to 16; exports of DICOM often leave them
+    # as they are, and then none exceeds the stated bits.
+    used = 16 if highest >> used else used
+    if bits or stated:
+        return 2**used - 1, () if highest >> (used - 2) else (NEARLY_BLACK,)
+    return 2**used - 1, () if used == 16 else (f"a 16-bit PNG read as {used} bits, by its highest level (--bits)",)
 
 
 def _orientation(exif: bytes | None) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 if none can be read, as in viewers."""
-    if exif is None:
-        return 1
-    tags = Image.Exif()
-    try:
-        tags.load(exif)
+    tags, value = Image.Exif(), 1
+    with suppress(Exception):  # of many kinds, for a damaged tag
+        tags.load(exif or b"")
         value = tags.get(_ORIENTATION, 1)
-    except Exception:  # of many kinds, for a damaged tag
-        return 1
     return value if value in range(1, 9) else 1
 
 
@@ -352,28 +333,25 @@ def _inner_shape(shape: tuple[int, int], options: ImageOptions) -> tuple[int, in
 
 def _fit(source: Picture, options: ImageOptions) -> Gray:
     """The pixels cropped, resized or padded as the options require."""
-    pixels, inner = source.pixels, _inner_shape(source.shape, options)
+    pixels, (height, width) = source.pixels, _inner_shape(source.shape, options)
     if options.square == "crop":
         side = min(pixels.shape)
         top, left = ((length - side) // 2 for length in pixels.shape)
         pixels = pixels[top : top + side, left : left + side]
-    pixels = resize(pixels, *inner)
-    if options.square == "pad" and options.size is not None:
-        square = np.zeros((options.size, options.size), np.uint8)
-        top, left = (options.size - inner[0]) // 2, (options.size - inner[1]) // 2
-        square[top : top + inner[0], left : left + inner[1]] = pixels
-        return square
-    return np.ascontiguousarray(pixels)
+    pixels = resize(pixels, height, width)
+    if options.square != "pad" or options.size is None:
+        return np.ascontiguousarray(pixels)
+    top, left = (options.size - height) // 2, (options.size - width) // 2
+    return np.pad(pixels, ((top, options.size - height - top), (left, options.size - width - left)))
 
 
 def _encode(pixels: Gray, options: ImageOptions) -> bytes:
     """The pixels in the requested encoding, and nothing else."""
+    height, width = pixels.shape
     if options.encoding == "jpeg":
-        if max(pixels.shape) > LONGEST_JPEG:
-            raise ImageError(
-                f"{pixels.shape[1]}×{pixels.shape[0]} does not fit into a JPEG: a side has at most "
-                f"{LONGEST_JPEG:,} pixels (--encoding png or raw has no such limit)"
-            )
+        if max(height, width) > LONGEST_JPEG:
+            most = f"a side has at most {LONGEST_JPEG:,} pixels (--encoding png or raw has no such limit)"
+            raise ImageError(f"{width}×{height} does not fit into a JPEG: {most}")
         # Not simplejpeg, which below quality 96 takes a fast transform: at 95 its error is half as large again.
         return cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, options.quality])[1].tobytes()
     if options.encoding == "raw":

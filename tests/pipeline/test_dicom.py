@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline import dicom
-from pipeline.containers import Picture
 from pipeline.images import ImageError, ImageOptions, prepare
 from pipeline.manifest import find_notes, read_manifest, read_table
 from tests.conftest import refused, run_pipeline
@@ -276,13 +275,13 @@ def test_more_frames_than_the_header_says_are_refused(levels: Array) -> None:
 
 def test_images_are_decoded_side_by_side(levels: Array, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads are between the same two lines at the same time."""
-    both, render_image = threading.Barrier(2, timeout=60), dicom._render
+    both, apply_voi = threading.Barrier(2, timeout=60), dicom._apply_voi
 
-    def wait(*image: Any) -> Picture:
+    def wait(*image: Any) -> Array | None:
         both.wait()
-        return render_image(*image)
+        return apply_voi(*image)
 
-    monkeypatch.setattr(dicom, "_render", wait)
+    monkeypatch.setattr(dicom, "_apply_voi", wait)
     filters, image = [*warnings.filters], make_dicom(levels)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(pixels_of, [image, image])
