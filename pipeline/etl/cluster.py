@@ -1,8 +1,7 @@
 """Tasks → results on the workers of a Dask cluster: the counterpart of `pipeline.base.workers` on one machine.
 
 Dask's scheduler reruns the tasks of a lost worker on another one. Tasks and results travel pickled among scheduler,
-workers and this process, which must trust each other; paths in them must mean the same everywhere. Each task carries
-the requirements for its worker, so that a worker that joins late is checked as well.
+workers and this process, which must trust each other; paths in them must mean the same everywhere.
 """
 
 import hashlib
@@ -41,28 +40,26 @@ def run_on_cluster(
     repeatedly; and whatever a task raises.
     """
     with needs("dask", "`scheduler`"):
-        from distributed import Client, KilledWorker
-        from distributed.comm.core import CommClosedError
+        distributed: Any = import_module("distributed")  # which has no types
     try:
-        connect: Any = Client  # which has no types
-        client = connect(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        client = distributed.Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise DataError(f"`scheduler` {scheduler}: cannot be reached: {error}") from None
+    # Each task carries the requirements for its worker, so that a worker that joins late is checked as well.
     run = partial(_run, function, _describe(witness), witness)
     with client, client.as_current():
         try:
-            yield from _spread(client, run, iter(tasks), blame)
-        except KilledWorker as error:
+            yield from _spread(client, distributed.wait, run, iter(tasks), blame)
+        except distributed.KilledWorker as error:
             raise DataError(f"a worker was lost each time it had this task: {error}; is there enough memory?") from None
-        except (CancelledError, CommClosedError, TimeoutError):
+        except (CancelledError, distributed.comm.CommClosedError, TimeoutError):
             raise DataError(f"`scheduler` {scheduler}: the connection was lost; the same command continues") from None
 
 
 def _spread(
-    client: Any, run: Callable[[Task], Any], waiting: Iterator[Task], blame: Callable[[Result], str]
-) -> Generator[Result, None, None]:
+    client: Any, wait: Any, run: Callable[[Task], Any], waiting: Iterator[Task], blame: Callable[[Result], str]
+) -> Iterator[Result]:
     """Results of the tasks, of fit workers alone; as `run_on_cluster`."""
-    distributed: Any = import_module("distributed")  # which has no types
     name = f"`scheduler` {client.scheduler.address}"
     try:
         client.wait_for_workers(1, timeout=CONNECT_SECONDS)
@@ -87,7 +84,7 @@ def _spread(
             flight[client.submit(run, task, pure=False, retries=0, **where)] = task
         if not flight:
             return
-        for future in distributed.wait(list(flight), return_when="FIRST_COMPLETED").done:
+        for future in wait(list(flight), return_when="FIRST_COMPLETED").done:
             task = flight.pop(future)
             address, reason, result = future.result()
             if not (reason := reason or blame(result)):
@@ -108,9 +105,8 @@ def _run(
     address, present = get_worker().address, _describe(witness)
     for name, value in needed.items():
         if present[name] != value:
-            if name == str(witness):
-                return address, f"does not see {witness.parent}", None
-            return address, f"has {name} {present[name]}, {value} is needed: the bytes would differ", None
+            differs = f"has {name} {present[name]}, {value} is needed: the bytes would differ"
+            return address, f"does not see {witness.parent}" if name == str(witness) else differs, None
     try:
         return address, "", function(task)
     except (MachineError, OSError) as error:

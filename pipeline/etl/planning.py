@@ -3,12 +3,11 @@
 Or, without writing anything, a preview of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +24,6 @@ from pipeline.sources.sets import SETS
 from pipeline.sources.source import Source
 
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
-SAMPLED = 24  # images per split that are prepared to estimate the bytes
-OVERHEAD = 2304  # bytes per sample beside the image: two headers, the JSON and half a block of padding
 
 
 def parse_size(text: str) -> int | None:
@@ -55,12 +52,9 @@ class Options:
     limit: int | None = option(None, "Most images per split; whole patients, at least one.", low=1)
     samples_per_shard: int = option(1000, low=1)
     bits: int | None = option(
-        None,
-        "How many bits of a 16-bit PNG hold the picture.",
-        low=8,
-        high=16,
+        None, "How many bits of a 16-bit PNG hold the picture.", low=8, high=16,
         shown="as the file says, else by its levels",
-    )
+    )  # fmt: skip
 
     @property
     def image(self) -> ImageOptions:
@@ -102,27 +96,22 @@ class Request:
         return self.wanted | {"versions": {name: version(name) for name in (*PACKAGES, "chexpert-pipeline")}}
 
 
-class Plan(NamedTuple):
-    """The number of rows of each shard, per split, and notes of `read_splits`."""
+def write_plan(request: Request) -> tuple[dict[str, list[int]], tuple[str, ...]]:
+    """Write the plan of every split; returns the number of rows of each shard, per split, and notes of `read_splits`.
 
-    rows: dict[str, list[int]]
-    notes: tuple[str, ...]
-
-
-def write_plan(request: Request) -> Plan:
-    """Write the plan of every split. Raises DataError as `read_splits` does, and for anything that `strict` rejects."""
+    Raises DataError as `read_splits` does, and for anything that `strict` rejects.
+    """
     options, rows = request.options, dict[str, list[int]]()
     tables, _, notes = options.read_splits(request.source)
     if request.strict and "train" in tables and (one_class := find_one_class(tables["train"], request.policies)):
         raise DataError(f"`strict`: {'; '.join(one_class)}; choose other policies")
     for split, table in tables.items():
-        parts = divide_rows(table.combine_chunks(), options.samples_per_shard, options.views)
+        parts = list(divide_rows(table.combine_chunks(), options.samples_per_shard, options.views))
+        rows[split] = [part.num_rows for part in parts]
         with atomic_file(request.partial / f"{split}.plan") as file, pa.ipc.new_file(file, table.schema) as writer:
-            rows[split] = []
             for part in parts:
                 writer.write_table(part)
-                rows[split].append(part.num_rows)
-    return Plan(rows, notes)
+    return rows, notes
 
 
 def read_planned(folder: Path, split: str, number: int) -> pa.RecordBatch:
@@ -137,18 +126,13 @@ def read_planned(folder: Path, split: str, number: int) -> pa.RecordBatch:
 
 def preview_split(table: pa.Table, source: Source, options: Options) -> tuple[list[str], int, int]:
     """The files of a split's rows that do not exist, and how many shards and bytes may be written."""
-    files = table["file"].to_pylist()
-    shards = len(list(divide_rows(table, options.samples_per_shard, options.views)))
-    size = round(_mean_bytes(files, source, options) * table.num_rows) + shards * 1024
-    return find_missing(files, source.roots), shards, size
-
-
-def _mean_bytes(files: Sequence[str], source: Source, options: Options) -> float:
-    """Bytes per sample, from usable images spread evenly over the split."""
-    sizes = []
-    spread = np.linspace(0, len(files) - 1, min(SAMPLED, len(files)), dtype=int)
+    files, sizes = table["file"].to_pylist(), list[int]()
+    # The bytes of a sample are estimated by usable images spread evenly over the split.
+    spread = np.linspace(0, len(files) - 1, min(24, len(files)), dtype=int)
     for content in read_images([files[position] for position in spread], source.roots):
         with suppress(ImageError):
-            if isinstance(content, bytes):
-                sizes.append(len(prepare(content, options.image).data) + OVERHEAD)
-    return sum(sizes) / len(sizes) if sizes else 0.0
+            if isinstance(content, bytes):  # beside the image: two headers, the JSON and half a block of padding
+                sizes.append(len(prepare(content, options.image).data) + 2304)
+    shards = len(list(divide_rows(table, options.samples_per_shard, options.views)))
+    size = round(sum(sizes) / max(1, len(sizes)) * table.num_rows) + shards * 1024
+    return find_missing(files, source.roots), shards, size

@@ -21,6 +21,7 @@ from pipeline import DataError, open_shards
 from pipeline.base.errors import MachineError
 from pipeline.base.files import atomic_file, claimed, write_csv
 from pipeline.etl import shards as etl
+from pipeline.etl import writing
 from pipeline.etl.shards import _name_unseen
 from pipeline.etl.writing import Reject, ShardRecord
 from pipeline.labels import LABELS
@@ -252,9 +253,9 @@ def test_a_step_whose_process_is_killed_is_named(
     chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    for name, step in (("write_plan", "planning"), ("finish", "writing the tables of")):
+    for owner, name, step in ((etl, "write_plan", "planning"), (writing, "finish", "writing the tables of")):
         with monkeypatch.context() as patch:
-            patch.setattr(etl, name, kill_process)
+            patch.setattr(owner, name, kill_process)
             with refused(f"{step} {out}: its process was killed; is there enough memory?"):
                 make_shards(chexpert, out)
     assert make_shards(chexpert, out).is_new
