@@ -20,28 +20,31 @@ import numpy.typing as npt
 from pipeline.base.csvs import read_data
 
 Array = npt.NDArray[Any]  # float32 throughout, which NumPy's stubs cannot follow
+Gray = npt.NDArray[np.uint8]  # [H, W]
 
-SKETCH = 0.5  # images are drawn at this share of the final resolution; metal and grain at full resolution
+ZOOM = 2  # images are sketched at half of the final resolution; metal and grain at full resolution
 SEEN = 0.02  # of black to white: a smaller change is lost in the grain
 VISIBLE = 0.3  # severity from which a radiologist would call a finding present
-ROOM = 2  # pixels of the sketch by which a box is larger than the change that it holds
 
 Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the image
 
 
 class Finding(NamedTuple):
-    """A sign: severity in [0, 1], side -1 (patient's right) or 1, position x, y, z.
+    """A sign.
 
-    On a lateral it looks `lateral` times as severe, up to 1. A lateral does not show a pneumothorax at the side wall, a
-    wide mediastinum or broken ribs; it does show what lies behind the heart and the diaphragm.
+    A lateral does not show a pneumothorax at the side wall, a wide mediastinum or broken ribs; it does show what lies
+    behind the heart and the diaphragm.
     """
 
-    severity: float
-    side: int
+    severity: float  # in [0, 1]
+    side: int  # -1 (patient's right) or 1
     x: float
     y: float
     z: float
-    lateral: float = 1.0
+    lateral: float = 1.0  # on a lateral it looks as many times as severe, up to 1
+
+
+Findings = dict[str, Finding]  # by label
 
 
 class Body(NamedTuple):
@@ -56,14 +59,11 @@ class Body(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """Coordinates and layers of one image; signs change the layers in place.
-
-    float32 [height * SKETCH, width * SKETCH], metal [height, width].
-    """
+    """Coordinates and layers of one image, float32 [height / ZOOM, width / ZOOM]; signs change the layers in place."""
 
     lateral: bool
     body: Body
-    pose: npt.NDArray[np.float64]  # [2, 3]: (u, v, 1) to final (column, row)
+    pose: Array  # float64 [2, 3]: (u, v, 1) to final (column, row)
     u: Array  # x on frontals (patient's left is +), z on laterals
     v: Array  # y
     wall: Array  # distance to the lateral (on laterals: posterior) chest wall, positive inside
@@ -71,7 +71,7 @@ class Canvas(NamedTuple):
     air: Array  # 0 in soft tissue, 1 in the lung
     vessels: Array  # markings, seen only where there is air
     bright: Array  # what lies over the lung: bones, calcium
-    metal: Array  # tubes, wires, markers
+    metal: Array  # [height, width]: tubes, wires, markers
     coarse: Array  # noise in about [-1, 1]
     fine: Array
     tissue: Array | float = 0.0  # density without air
@@ -130,18 +130,12 @@ class Canvas(NamedTuple):
 
     def show(self) -> Array:
         """The sketch's density in [0, 1] with its metal, before exposure and grain."""
-        zoom = round(1 / SKETCH)
-        return np.maximum(np.clip(self.find_density(), 0, 1), self.metal[::zoom, ::zoom])  # type: ignore[no-any-return]
+        return np.maximum(np.clip(self.find_density(), 0, 1), self.metal[::ZOOM, ::ZOOM])  # type: ignore[no-any-return]
 
 
 def draw_image(
-    kind: str,
-    projection: str,
-    sex: str,
-    findings: dict[str, Finding],
-    patient_rng: np.random.Generator,
-    rng: np.random.Generator,
-) -> tuple[npt.NDArray[np.uint8], dict[str, list[Box]]]:
+    kind: str, projection: str, sex: str, findings: Findings, patient_rng: np.random.Generator, rng: np.random.Generator
+) -> tuple[Gray, dict[str, list[Box]]]:
     """Draw one view, `frontal` or `lateral`, and locate the changes of the signs that are VISIBLE.
 
     The image is uint8 [height, width], shorter side 320 pixels. `patient_rng` decides the build, which all images of
@@ -152,11 +146,11 @@ def draw_image(
     draw_anatomy = draw_frontal
     if kind == "lateral":
         draw_anatomy = draw_lateral
-        findings = {
-            label: finding._replace(severity=min(1.0, finding.lateral * finding.severity))
-            for label, finding in findings.items()
-        }
-    body, before = draw_body(patient_rng, sex), copy.deepcopy(rng)
+        severities = {label: min(1.0, finding.lateral * finding.severity) for label, finding in findings.items()}
+        findings = {label: finding._replace(severity=severities[label]) for label, finding in findings.items()}
+    low, high = (0.35, 0.155, 0.04, 0.073, -0.15, 0.3), (0.4, 0.175, 0.16, 0.085, 0.15, 1.0)
+    body = Body(*patient_rng.uniform(low, high).tolist())  # plain floats: NumPy's would turn float32 into float64
+    body, before = body if sex == "Female" else body._replace(breast=0.0), copy.deepcopy(rng)
     canvas = draw_anatomy(rng, body, findings, projection == "AP")
     changes: dict[str, Array] = {}
     for label in ANATOMY & set(visible):
@@ -169,27 +163,19 @@ def draw_image(
             shown = canvas.show()
             draw(canvas, findings[label], rng)
             changes[label] = np.maximum(np.abs(canvas.show() - shown), changes.get(label, 0))
-    draw_marker(canvas, rng)
-    boxes = {label: find_boxes(changes[label], single=label not in SIGNS) for label in visible if label in changes}
+    x, y = rng.uniform((0.4, 0.04), (0.45, 0.1))  # of an L in the upper right corner
+    canvas.stroke(canvas.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
+    boxes = {}
+    for label in visible:
+        if label in changes:
+            seen = cv2.dilate((changes[label] >= SEEN).astype(np.uint8), np.ones((5, 5), np.uint8))  # with some room
+            parts = cv2.connectedComponentsWithStats(seen)[2][1:, :4].tolist()
+            found = parts if label in SIGNS else [cv2.boundingRect(seen)]
+            boxes[label] = [(ZOOM * x, ZOOM * y, ZOOM * w, ZOOM * h) for x, y, w, h in found if w]
     return expose(canvas, rng), boxes
 
 
-def find_boxes(change: Array, single: bool) -> list[Box]:
-    """Boxes in final pixels around what is SEEN of a change of the sketch: a `single` one, or one a part."""
-    seen = cv2.dilate((change >= SEEN).astype(np.uint8), np.ones((2 * ROOM + 1,) * 2, np.uint8))
-    boxes = [cv2.boundingRect(seen)] if single else cv2.connectedComponentsWithStats(seen)[2][1:, :4].tolist()
-    zoom = round(1 / SKETCH)
-    return [(zoom * x, zoom * y, zoom * w, zoom * h) for x, y, w, h in boxes if w]
-
-
-def draw_body(rng: np.random.Generator, sex: str) -> Body:
-    """Draw a patient's build."""
-    low, high = (0.35, 0.155, 0.04, 0.073, -0.15, 0.3), (0.4, 0.175, 0.16, 0.085, 0.15, 1.0)
-    body = Body(*rng.uniform(low, high).tolist())  # plain floats: NumPy's would turn float32 into float64
-    return body if sex == "Female" else body._replace(breast=0.0)
-
-
-def expose(canvas: Canvas, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+def expose(canvas: Canvas, rng: np.random.Generator) -> Gray:
     """Turn layers into gray values: exposure and grain vary."""
     contrast, bias, gamma, grain = rng.uniform((0.9, -0.03, 0.85, 0.010), (1.1, 0.04, 1.25, 0.022)).tolist()
     density = np.clip(bias + contrast * canvas.find_density(), 0, 1) ** np.float32(gamma)
@@ -227,14 +213,14 @@ def noise(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Array
     return resize(rng.uniform(-1, 1, (cells, cells)).astype(np.float32), shape, smooth=True)
 
 
-def draw_grid(rng: np.random.Generator) -> tuple[Array, Array, npt.NDArray[np.float64], Array]:
+def draw_grid(rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
     """Draw an image's size and pose; return u, v, the pose and the empty layer of metal."""
     height, width = (320, 390) if rng.random() < 0.85 else (390, 320)
     angle, du, dv, scale = rng.uniform((-0.06, -0.03, -0.03, 0.94), (0.06, 0.03, 0.03, 1.05))
     turn = 320 * scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     origin = np.array([width / 2, height / 2]) + turn @ (du, dv - 0.5)
-    column = (np.arange(int(width * SKETCH)) + 0.5) / SKETCH - origin[0]
-    row = (np.arange(int(height * SKETCH))[:, None] + 0.5) / SKETCH - origin[1]
+    column = (np.arange(width // ZOOM) + 0.5) * ZOOM - origin[0]
+    row = (np.arange(height // ZOOM)[:, None] + 0.5) * ZOOM - origin[1]
     u, v = ((weights[0] * column + weights[1] * row).astype(np.float32) for weights in np.linalg.inv(turn))
     return u, v, np.column_stack([turn, origin]), np.zeros((height, width), np.float32)
 
@@ -245,13 +231,13 @@ def bulge(v: Array, top: float, widest: float) -> Array:
     return (1 - rise * rise * rise) ** np.float32(0.6)
 
 
-def raised(findings: dict[str, Finding], side: int) -> float:
+def raised(findings: Findings, side: int) -> float:
     """Return how far volume loss lifts the diaphragm of a side."""
     finding = findings["Atelectasis"]
     return 0.09 * finding.severity if side == finding.side else 0.0
 
 
-def draw_frontal(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Canvas:
+def draw_frontal(rng: np.random.Generator, body: Body, findings: Findings, portable: bool) -> Canvas:
     """Draw the anatomy of an AP (portable) or PA image."""
     u, v, pose, metal = draw_grid(rng)
     a = np.abs(u)
@@ -288,7 +274,7 @@ def draw_frontal(rng: np.random.Generator, body: Body, findings: dict[str, Findi
     return canvas._replace(tissue=tissue)
 
 
-def draw_lateral(rng: np.random.Generator, body: Body, findings: dict[str, Finding], portable: bool) -> Canvas:
+def draw_lateral(rng: np.random.Generator, body: Body, findings: Findings, portable: bool) -> Canvas:
     """Draw the anatomy of a lateral image, the patient facing left."""
     u, v, pose, metal = draw_grid(rng)
     depth = 0.88 * body.width
@@ -345,12 +331,6 @@ def draw_vessels(canvas: Canvas, rng: np.random.Generator) -> None:
     curves = np.stack([start, middle, start + way], 1)
     canvas.stroke(canvas.vessels, curves[:, :2], 2.2, 0.3)
     canvas.stroke(canvas.vessels, curves, 1.2, 0.22)
-
-
-def draw_marker(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Burn an L into the upper right corner."""
-    x, y = rng.uniform((0.4, 0.04), (0.45, 0.1))
-    canvas.stroke(canvas.metal, [[[x, y], [x, y + 0.05]], [[x, y + 0.05], [x + 0.025, y + 0.05]]], 1.3, 0.95)
 
 
 # Signs: each draws one finding into the image. Heart, mediastinum and diaphragm are the anatomy's.
@@ -445,11 +425,9 @@ def draw_fracture(canvas: Canvas, finding: Finding, rng: np.random.Generator) ->
     drop = float(canvas.rib_height(0.25 - x if canvas.lateral else abs(x)))
     first = math.floor((finding.y - drop) / canvas.body.rib_gap)
     y = drop + (first + np.arange(1 + round(3 * finding.severity)) + 0.5) * canvas.body.rib_gap
-    for start, stop, shift, radius, value in (
-        (-step, -0.1 * step, -0.008, 3.5, 0.24),
-        (0.1 * step, step, 0.016, 3.5, 0.24),
-        (-0.1 * step, 0.1 * step, 0.003, 6.0, 0.42),
-    ):
+    fragments = ((-step, -0.1 * step, -0.008, 3.5, 0.24), (0.1 * step, step, 0.016, 3.5, 0.24))
+    callus = (-0.1 * step, 0.1 * step, 0.003, 6.0, 0.42)
+    for start, stop, shift, radius, value in (*fragments, callus):
         ends = [np.column_stack([np.full_like(y, x + at), y + shift]) for at in (start, stop)]
         canvas.stroke(canvas.bright, np.stack(ends, 1), radius, value * (0.3 + 0.8 * finding.severity))
 

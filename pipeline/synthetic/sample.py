@@ -1,19 +1,12 @@
 """A synthetic CheXpert: the real set's folders, CSVs and label quirks, with synthetic chest X-rays.
 
 A study draws correlated latent severities (`FINDINGS`). A severity draws its sign into the image, and the CSV states
-what a report would: positive for a clear sign; uncertain for a faint one that is really there only in
-a share of cases (the share that radiologists confirm); negative or blank for none (3 % of them have a faint one).
-Train follows the real set's frontal state frequencies, except that the rarest labels (Enlarged Cardiomediastinum,
-Lung Lesion, Pneumonia, Pleural Other, Fracture) are raised to 5-7 % positive, so that a sample of 2,000 images has
-some to evaluate. Valid states the truth, as its radiologists do, without blank or uncertain cells. A lateral shows
-some signs better and others not at all, so both views together say more. Lung Opacity follows from its
-children; Enlarged Cardiomediastinum is only correlated with Cardiomegaly, as in the real reports.
-
-boxes.csv, beside the folder, locates the signs in the images that a radiologist would call present.
-
-Cues unrelated to the disease but tied to a label can be planted, which a network may learn instead. Networks have
-learned pneumonia from the marker of a portable device: Zech et al., Variable generalization performance of a deep
-learning model to detect pneumonia, PLOS Medicine 15, 2018.
+what a report would: positive for a clear sign; uncertain for a faint one that is really there only in a share of cases
+(the share that radiologists confirm); negative or blank for none. Train follows the real set's frontal state
+frequencies, except that the rarest labels (Enlarged Cardiomediastinum, Lung Lesion, Pneumonia, Pleural Other, Fracture)
+are raised to 5-7 % positive, so that a sample of 2,000 images has some to evaluate. Valid states the truth, as its
+radiologists do, without blank or uncertain cells. Lung Opacity follows from its children; Enlarged Cardiomediastinum
+is only correlated with Cardiomegaly, as in the real reports.
 """
 
 import csv
@@ -25,21 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 
 from pipeline.base.errors import DataError, quote
-from pipeline.base.files import named_writes
-from pipeline.base.files import write_csv as write_rows
+from pipeline.base.files import named_writes, write_csv
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS, find_label
-from pipeline.synthetic.anatomy import VISIBLE, Finding, draw_image
+from pipeline.synthetic.anatomy import VISIBLE, Array, Finding, Gray, draw_image
 
 FOLDER = "CheXpert-v1.0-small"
 BOXES = "boxes.csv"
 Row = tuple[str, str, str, int, int, int, int]  # of BOXES
-Gray = npt.NDArray[np.uint8]  # [H, W]
-VALID_SHARE = 0.12
 PATIENTS_PER_TASK = 16
 CUE_DRAWS = 100  # the first random stream of a study's cues: no study has as many views
 NOTICE = (
@@ -48,10 +37,6 @@ NOTICE = (
 )
 # APP0 would normally follow SOI; decoders accept a comment (marker FFFE, its length, the text) before it.
 COMMENT = b"\xff\xfe\x00\x0bsynthetic"
-# A P, as for a portable device.
-_LETTER = np.array([[1, 1, 1, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]], np.bool_)
-_STROKE, _MARGIN = 4, 10  # pixels, in an image whose shorter side has 320
-_FRAME = 5
 
 
 class Latent(NamedTuple):
@@ -81,37 +66,33 @@ HIDDEN = 0.03  # share of unmentioned findings that leave a faint sign
 
 
 class Study(NamedTuple):
-    """One examination: its views as (kind, projection), its states per label (None is blank), its signs."""
+    """One examination."""
 
     number: int
-    views: tuple[tuple[str, str], ...]
-    states: dict[str, float | None]
+    views: tuple[tuple[str, str], ...]  # kind and projection
+    states: dict[str, float | None]  # None is blank
     findings: dict[str, Finding]
 
 
 class Patient(NamedTuple):
-    """One patient: number in the folder's name, sex as in the CSV, age in years."""
+    """One patient."""
 
-    number: int
+    number: int  # in the folder's name
     sex: str
     age: int
     studies: tuple[Study, ...]
 
 
 class Shortcut(NamedTuple):
-    """A cue and the label that it is tied to; `strength` 0 ties them not at all, 1 perfectly."""
+    """A cue unrelated to the disease, such as the marker of a portable device, that a network may learn instead.
+
+    From such markers, networks have learned pneumonia: Zech et al., Variable generalization performance of a deep
+    learning model to detect pneumonia, PLOS Medicine 15, 2018.
+    """
 
     label: str
     cue: str
-    strength: float
-
-    def chance(self, state: float | None) -> float:
-        """The probability that an image of this state has the cue.
-
-        (1 + strength) / 2 for a positive, (1 - strength) / 2 for a negative or blank one, 1/2 for an uncertain one.
-        """
-        tie = {1.0: self.strength, -1.0: 0.0}.get(0.0 if state is None else state, -self.strength)
-        return (1 + tie) / 2
+    strength: float  # from 0, not tied to the label, to 1, always
 
 
 def parse_shortcut(text: str) -> Shortcut:
@@ -133,21 +114,20 @@ def write_sample(
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     laterals: float | None = None,
-    valid: float = VALID_SHARE,
+    valid: float = 0.12,
     shortcuts: Sequence[Shortcut] = (),
 ) -> Path:
     """Write a synthetic data set of exactly `images` images into `out` and return its CheXpert-v1.0-small.
 
-    Beside it, boxes.csv has the boxes of the signs: split, key, label, left, top, width and height in pixels.
-
-    `laterals` is the share of studies that have a lateral too; None approximates the real set's share. It changes no
-    frontal or label, but more laterals make fewer studies of as many images. `valid` is the share of images in
-    valid.csv. `shortcuts` are drawn into the images of train.csv alone: a network that learns them fails on valid.
+    Beside it, boxes.csv locates the signs that a radiologist would call present, in pixels. `laterals` is the share of
+    studies that have a lateral too; None approximates the real set's share. It changes no frontal or label, but more
+    laterals make fewer studies of as many images. `valid` is the share of images in valid.csv. `shortcuts` are drawn
+    into the images of train.csv alone: a network that learns them fails on valid.
 
     The bytes depend only on these options, seed from 0 to 2^63-1, not on the number of `workers`, which are processes
-    (a script must call this under `if __name__ == "__main__"`). `progress` gets (images done, total).
-    Raises FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, if
-    one cannot be written. The folder appears only when complete.
+    (a script must call this under `if __name__ == "__main__"`). `progress` gets (images done, total). Raises
+    FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, if one cannot be
+    written. The folder appears only when complete.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
@@ -159,24 +139,27 @@ def write_sample(
     valid_images = max(1, round(images * valid))
     train = list(draw_patients(seed, 1, images - valid_images, False, laterals))
     held_out = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
-    for split, patients in (("train", train), ("valid", held_out)):
-        (partial / split).mkdir(parents=True)
-        write_csv(partial / f"{split}.csv", split, patients)
     planted = (f"Planted in train: {cue} for {label}, strength {strength:g}.\n" for label, cue, strength in shortcuts)
-    with named_writes(notice := partial / "SYNTHETIC.txt"):
-        notice.write_text(NOTICE + "".join(planted))
-    tasks = [
-        DrawTask(partial / split, seed, patients[start : start + PATIENTS_PER_TASK], cues)
-        for split, patients, cues in (("train", train, shortcuts), ("valid", held_out, ()))
-        for start in range(0, len(patients), PATIENTS_PER_TASK)
-    ]
-    boxes: list[Row] = []
-    done = 0
+    tasks, boxes, done = list[DrawTask](), list[Row](), 0
+    for split, patients, cues in (("train", train, shortcuts), ("valid", held_out, ())):
+        (partial / split).mkdir(parents=True)
+        with named_writes(path := partial / f"{split}.csv"), path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for patient, study, view, image in list_images(patients):
+                kind, projection = study.views[view - 1]
+                states = [study.states[label] for label in LABELS]
+                facts = (f"{FOLDER}/{split}/{image}", patient.sex, patient.age, kind.title(), projection)
+                writer.writerow([*facts, *states])
+        for start in range(0, len(patients), PATIENTS_PER_TASK):
+            tasks.append(DrawTask(partial / split, seed, patients[start : start + PATIENTS_PER_TASK], cues))
+    with named_writes(path := partial / "SYNTHETIC.txt"):
+        path.write_text(NOTICE + "".join(planted))
     for count, rows in run_tasks(write_patients, tasks, min(workers, len(tasks))):
         boxes += rows
         done += count
         progress(done, images)
-    write_rows(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
+    write_csv(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
     return partial.rename(final)
 
 
@@ -226,18 +209,6 @@ def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
     return count, rows
 
 
-def write_csv(path: Path, split: str, patients: list[Patient]) -> None:
-    """Write the rows of one split in path order."""
-    with named_writes(path), path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for patient, study, view, image in list_images(patients):
-            kind, projection = study.views[view - 1]
-            states = [study.states[label] for label in LABELS]
-            name = f"{FOLDER}/{split}/{image}"
-            writer.writerow([name, patient.sex, patient.age, kind.title(), projection, *states])
-
-
 # Patients, studies and their reports.
 
 
@@ -247,50 +218,43 @@ def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.
 
 
 def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
-    """The cues of a study's images: a study is made in one room, so all its images get a cue or none."""
+    """The cues of a study's images: a study is made in one room, so all its images get a cue or none.
+
+    With probability (1 + strength) / 2 in a positive, (1 - strength) / 2 in a negative or blank one, 1/2 in an
+    uncertain one.
+    """
     cues = []
-    for shortcut in shortcuts:
-        rng = stream(seed, patient, study.number, CUE_DRAWS + list(CUES).index(shortcut.cue))
-        if rng.random() < shortcut.chance(study.states[shortcut.label]):
-            cues.append(shortcut.cue)
+    for label, cue, strength in shortcuts:
+        tie = {1.0: strength, -1.0: 0.0}.get(study.states[label] or 0.0, -strength)
+        rng = stream(seed, patient, study.number, CUE_DRAWS + list(CUES).index(cue))
+        if rng.random() < (1 + tie) / 2:
+            cues.append(cue)
     return cues
 
 
-def draw_patients(seed: int, first: int, images: int, valid: bool, laterals: float | None = None) -> Iterator[Patient]:
-    """Yield patients numbered from `first` until they have `images` images; the last one is cut to fit."""
-    number = first
+def draw_patients(seed: int, number: int, images: int, valid: bool, laterals: float | None = None) -> Iterator[Patient]:
+    """Patients from this number on until they have `images` images; the last one is cut to fit."""
     while images > 0:
-        patient = draw_patient(seed, number, valid, laterals, images)
-        images -= sum(len(study.views) for study in patient.studies)
+        rng = stream(seed, number)
+        sex = "Male" if rng.random() < 0.59 else "Female"
+        age = int(np.clip(rng.normal(61, 18), 18, 90))
+        factors = rng.standard_normal(3)
+        outpatient = rng.random() < 0.15
+        share = (0.75 if outpatient else 0.075) if laterals is None else laterals
+        studies: list[Study] = []
+        # As in the real set, valid patients have one study.
+        for index in range(1, 1 + (1 if valid else int(min(rng.geometric(0.38), 20)))):
+            study = draw_study(stream(seed, number, index), index, factors, outpatient, share, valid)
+            studies.append(study._replace(views=study.views[:images]))
+            images -= len(studies[-1].views)
+            if images == 0:
+                break
+        yield Patient(number, sex, age, tuple(studies))
         number += 1
-        yield patient
-
-
-def draw_patient(seed: int, number: int, valid: bool, laterals: float | None, limit: int) -> Patient:
-    """Draw a patient with at most `limit` images; valid patients have one study, as in the real set."""
-    rng = stream(seed, number)
-    sex = "Male" if rng.random() < 0.59 else "Female"
-    age = int(np.clip(rng.normal(61, 18), 18, 90))
-    factors = rng.standard_normal(3)
-    outpatient = rng.random() < 0.15
-    share = (0.75 if outpatient else 0.075) if laterals is None else laterals
-    studies: list[Study] = []
-    for index in range(1, 1 + (1 if valid else int(min(rng.geometric(0.38), 20)))):
-        study = draw_study(stream(seed, number, index), index, factors, outpatient, share, valid)
-        studies.append(study._replace(views=study.views[:limit]))
-        limit -= len(studies[-1].views)
-        if limit == 0:
-            break
-    return Patient(number, sex, age, tuple(studies))
 
 
 def draw_study(
-    rng: np.random.Generator,
-    number: int,
-    factors: npt.NDArray[np.float64],
-    outpatient: bool,
-    laterals: float,
-    valid: bool,
+    rng: np.random.Generator, number: int, factors: Array, outpatient: bool, laterals: float, valid: bool
 ) -> Study:
     """Draw a study's views, signs and states; `factors` [3] are the patient's own illness."""
     views = [("frontal", "PA" if outpatient else "AP")]
@@ -299,9 +263,9 @@ def draw_study(
     if rng.random() < laterals:
         views.append(("lateral", ""))
     factors = 0.6 * factors + 0.8 * rng.standard_normal(3)
-    drawn = {label: draw_finding(rng, latent, factors) for label, latent in FINDINGS.items()}
-    findings = {label: finding for label, (finding, _) in drawn.items()}
-    states = {label: state for label, (_, state) in drawn.items()}
+    findings, states = dict[str, Finding](), dict[str, float | None]()
+    for label, latent in FINDINGS.items():
+        findings[label], states[label] = draw_finding(rng, latent, factors)
     if valid:
         states = {label: float(finding.severity >= VISIBLE) for label, finding in findings.items()}
     if any(states[label] == 1 for label in OPACITIES):
@@ -311,17 +275,15 @@ def draw_study(
     return Study(number, tuple(views), states, findings)
 
 
-def draw_finding(
-    rng: np.random.Generator, latent: Latent, factors: npt.NDArray[np.float64]
-) -> tuple[Finding, float | None]:
+def draw_finding(rng: np.random.Generator, latent: Latent, factors: Array) -> tuple[Finding, float | None]:
     """Draw one finding and its state in the report: 1, 0, -1 or None (not mentioned)."""
     loads = np.array([latent.congestion, latent.infection, latent.care])
     deviate = loads @ factors + math.sqrt(1 - loads @ loads) * rng.standard_normal()
     rank = 0.5 * math.erfc(deviate / math.sqrt(2))  # uniform in [0, 1], 0 the most ill
     faint, chance, mention = rng.random(3).tolist()
-    state: float | None
     if rank < latent.positive:
-        state, severity = 1.0, 1.0 - 0.45 * rank / latent.positive
+        state: float | None = 1.0
+        severity = 1.0 - 0.45 * rank / latent.positive
     elif rank < latent.positive + latent.uncertain:
         state, severity = -1.0, 0.3 + 0.15 * faint if chance < latent.confirmed else 0.2 * faint
     else:
@@ -335,17 +297,15 @@ def draw_finding(
 
 
 def burn_marker(pixels: Gray) -> None:
-    """A bright letter in the upper left corner."""
-    letter = np.kron(_LETTER, np.ones((_STROKE, _STROKE), np.bool_))
-    corner = pixels[_MARGIN : _MARGIN + len(letter), _MARGIN : _MARGIN + letter.shape[1]]
-    corner[letter] = 245
+    """A bright P, as for a portable device, in the upper left corner."""
+    letter = np.array([[1, 1, 1, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]]).repeat(4, 0).repeat(4, 1)
+    pixels[10:30, 10:26][letter > 0] = 245
 
 
 def draw_border(pixels: Gray) -> None:
     """A light frame around the image."""
-    inside = pixels[_FRAME:-_FRAME, _FRAME:-_FRAME].copy()
-    pixels[...] = 180
-    pixels[_FRAME:-_FRAME, _FRAME:-_FRAME] = inside
+    for edge in (pixels[:5], pixels[-5:], pixels[:, :5], pixels[:, -5:]):
+        edge[...] = 180
 
 
 def brighten_corners(pixels: Gray) -> None:
