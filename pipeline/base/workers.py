@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def run_tasks(
                 for task in islice(waiting, 2 * workers):
                     flight[_submit(pool, function, task)] = task
                 while flight:
-                    done, _ = wait(flight, timeout=TICK, return_when=FIRST_COMPLETED)
+                    done = _wait(flight)
                     tick(before + sum(slots[1:]))
                     for future in done:
                         yield future.result()
@@ -86,7 +86,10 @@ def run_alone(function: Callable[[Task], Result], task: Task, step: str = "") ->
     """
     with _worker_pool(function, 1) as (pool, _):
         try:
-            return _submit(pool, function, task).result()
+            future = _submit(pool, function, task)
+            while not _wait([future]):
+                pass
+            return future.result()
         except BrokenProcessPool:
             raise DataError(f"{step or task}: its process was killed; is there enough memory?") from None
 
@@ -132,14 +135,23 @@ def start_server(modules: Sequence[str]) -> None:
     _prepare_sockets()
     multiprocessing.get_context("forkserver").set_forkserver_preload([*modules, "numpy.ma"])  # which Arrow imports late
     resource_tracker.ensure_running()  # first, as its start unblocks SIGINT
-    with _without_interrupts():
+    with _without_signals(signal.SIGINT):  # which workers inherit, so Ctrl-C reaches this process alone
         forkserver.ensure_running()
 
 
+def _wait(futures: Collection[Future[Result]]) -> set[Future[Result]]:
+    """Those that are done, after a moment.
+
+    An exception from a signal's handler would leave a lock of theirs held, for which the pool's thread waits forever.
+    """
+    with _without_signals(signal.SIGINT, signal.SIGTERM):
+        return wait(futures, TICK, FIRST_COMPLETED).done
+
+
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Block SIGINT: processes inherit that, so Ctrl-C reaches the parent alone."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _without_signals(*numbers: signal.Signals) -> Iterator[None]:
+    """Block these signals: they arrive afterwards."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -174,7 +186,7 @@ def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[P
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
     try:
-        with _without_interrupts():  # it starts a worker
+        with _without_signals(signal.SIGINT, signal.SIGTERM):  # it takes locks and starts a worker
             return pool.submit(function, task)
     except BrokenProcessPool:  # found here rather than by wait(): the task must not be lost
         future: Future[Result] = Future()

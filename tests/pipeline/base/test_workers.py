@@ -96,6 +96,30 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
 
 
+def test_a_signal_while_tasks_are_waited_for_leaves_no_lock_behind(tmp_path: Path) -> None:
+    """As if it came just when the last lock was taken: by an exception there, the pool would never end."""
+    program = f"""
+import os, signal, sys
+from concurrent.futures import _base
+from pathlib import Path
+from pipeline.base.workers import run_tasks
+from tests.pipeline.base.test_workers import sleep_in_steps
+
+class Interrupted(_base._AcquireFutures):
+    def __enter__(self):
+        super().__enter__()
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # the handler runs between two of these
+            pass
+
+_base._AcquireFutures = Interrupted
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+list(run_tasks(sleep_in_steps, [(Path({str(tmp_path)!r}), number) for number in range(3)], 2))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60, capture_output=True)
+    assert ended.returncode == 143, ended.stderr
+
+
 @pytest.mark.soak
 def test_a_long_tmpdir_is_no_matter(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 100)
