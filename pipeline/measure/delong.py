@@ -1,22 +1,9 @@
 """Scores, targets, masks and patients → 95 % intervals of AUROCs and AUPRCs, their means and paired differences.
 
-A single AUROC gets Newcombe's score interval (method 5 in: Confidence intervals for an effect size measure based on
-the Mann-Whitney statistic, part 2, Statistics in Medicine 25, 2006), which never has zero width. A patient's images
-correlate, so its variance is multiplied by a design effect: DeLong's variance with clusters (Obuchowski, Nonparametric
-analysis of clustered ROC curve data, Biometrics 53, 1997) divided by the one without. That effect is an estimate from
-few patients if a class has few, so Student's t replaces the normal distribution if patients have
-several images, with Satterthwaite's degrees of freedom; a class of a single patient leaves the interval [0, 1].
-
-An AUROC within strata, Σ w_k A_k with w_k the stratum's share of all pairs that share a stratum, has the variance
-Σ w_k² V_k.
-
-An AUPRC gets a logit interval (Boyd, Eng and Page, Area under the precision-recall curve: point estimates and
-confidence intervals, ECML 2013), with a variance from the influence of each patient's images on it (the infinitesimal
-jackknife: Efron, The jackknife, the bootstrap and other resampling plans, 1982) and the same degrees of freedom.
-
-The limits of a mean or a difference follow from those of its areas and their correlations (MOVER: Zou, Toward using
-confidence intervals to compare correlations, Psychological Methods 12, 2007). `benchmarks/coverage.py` compares this
-with other methods.
+A patient's images correlate, so the variance of an area is multiplied by a design effect: the variance with patients as
+clusters divided by the one without. That effect is an estimate from few patients if a class has few, so Student's t
+replaces the normal distribution if patients have several images, with Satterthwaite's degrees of freedom; a class of a
+single patient leaves the interval [0, 1]. `benchmarks/coverage.py` compares this with other methods.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,20 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 
-from pipeline.measure.metrics import (
-    FEW,
-    NO_LIMITS,
-    Bools,
-    Figure,
-    Floats,
-    Ints,
-    Names,
-    Z,
-    averaged_labels,
-    label_cells,
-    student_quantile,
-    threshold_curve,
-)
+from pipeline.measure import metrics
+from pipeline.measure.metrics import COMPETITION, FEW, NO_LIMITS, Bools, Figure, Floats, Ints, Names, Z
+
+Area = tuple[float, float, float, float, float, Floats]  # of a label: the first fields of Areas, and influence [P]
 
 
 class Areas(NamedTuple):
@@ -83,60 +60,54 @@ class _Clusters(NamedTuple):
 def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> Figure:
     """AUROCs as `measure_areas` takes them: `labels`, each with `auroc` and the counts of its cells, and their means.
 
-    An AUROC is None with one class. The means, as of `averaged_labels`, are `macro_auroc`, and so on.
+    An AUROC is None with one class. The means, as of `average`, are `macro_auroc`, and so on.
     """
     areas = measure_areas(scores, target, mask, patient)
-    means = average(names, areas)
-    values = {label: combine(areas, weigh_labels(names, over))["value"] for label, over in means.items()}
-    counts = zip(names, areas.count_cells(), strict=True)
-    labels = {name: {"auroc": values.pop(name), **cells} for name, cells in counts}
+    means, counts = average(names, areas).items(), areas.count_cells()
+    values = {label: combine(areas, weigh_labels(names, over))["value"] for label, over in means}
+    labels = {name: {"auroc": values.pop(name), **cells} for name, cells in zip(names, counts, strict=True)}
     return {f"{mean}_auroc": value for mean, value in values.items()} | {"labels": labels}
 
 
 def average(names: Sequence[str], areas: Areas) -> dict[str, list[str]]:
-    """The labels of each mean; a label is a mean over itself, or over nothing if its area is undefined."""
+    """The labels of each mean: all with an AUROC; those with 10 patients in each class; the competition's five.
+
+    A label is a mean over itself, or over nothing if its area is undefined.
+    """
     known = zip(names, areas.value, areas.few.tolist(), strict=True)
     few = {name: lacking for name, area, lacking in known if not np.isnan(area)}
-    return {name: [name] if name in few else [] for name in names} | averaged_labels(few)
+    five = list(COMPETITION) if set(COMPETITION) <= few.keys() else []
+    means = {"macro": [*few], "macro10": [name for name in few if not few[name]], "mean5": five}
+    return {name: [name] if name in few else [] for name in names} | means
 
 
-def measure_areas(scores: Floats, target: Floats, mask: Bools, patient: Names, stratum: Names | None = None) -> Areas:
+def measure_areas(
+    scores: Floats, target: Floats, mask: Bools, patient: Names, stratum: Names | None = None, precision: bool = False
+) -> Areas:
     """The areas of scores [N, L] against targets [N, L] in {0, 1}, on the cells of mask [N, L], of patients [N].
 
     Every patient has a row in `influence`, even without a cell in the mask. With strata [N], only pairs of a positive
     and a negative of the same stratum count. Raises ValueError if a score is not finite.
     """
-    strata = np.zeros(len(patient)) if stratum is None else stratum
-    return _measure_labels(_measure_auroc, scores, target, mask, patient, strata)
+    names, codes = np.unique(patient, return_inverse=True)
+    columns = scores.shape[1]
+    fields, influence = np.full((7, columns), np.nan), np.full((len(names), columns), np.nan)
+    strata = np.zeros(len(patient), int) if stratum is None else np.unique(stratum, return_inverse=True)[1]
+    measure: Callable[..., Area] = _measure_auprc if precision else _measure_auroc
+    for column, cells in enumerate(metrics.label_cells([""] * columns, scores, target, mask, codes)):
+        place = strata[mask[:, column]]
+        counts = [np.bincount(place, side) for side in (cells.truth, ~cells.truth)]
+        fields[5:, column] = [count.sum() for count in counts]
+        shared = np.minimum(*counts)[place] > 0  # cells with one of the other class in their stratum
+        if shared.any():
+            used = (values[shared] for values in (*cells[1:], place))
+            *fields[:5, column], influence[:, column] = measure(*used, len(names))
+    return Areas._make((*fields, influence))
 
 
 def measure_precision(scores: Floats, target: Floats, mask: Bools, patient: Names) -> Areas:
     """The AUPRCs of scores [N, L], as `measure_areas` returns AUROCs."""
-    return _measure_labels(_measure_auprc, scores, target, mask, patient, np.zeros(len(patient)))
-
-
-def _measure_labels(
-    measure: Callable[..., tuple[float, float, float, float, float, Floats]],
-    scores: Floats,
-    target: Floats,
-    mask: Bools,
-    patient: Names,
-    strata: Names,
-) -> Areas:
-    """The areas of each label by `measure`, on its cells with a cell of the other class in their stratum."""
-    names, codes = np.unique(patient, return_inverse=True)
-    columns = scores.shape[1]
-    fields = np.full((7, columns), np.nan)
-    influence = np.full((len(names), columns), np.nan)
-    for column, cells in enumerate(label_cells([""] * columns, scores, target, mask, codes)):
-        _, stratum = np.unique(strata[mask[:, column]], return_inverse=True)
-        counts = [np.bincount(stratum, side) for side in (cells.truth, ~cells.truth)]
-        fields[5:, column] = [count.sum() for count in counts]
-        shared = np.minimum(*counts)[stratum] > 0
-        if shared.any():
-            used = (values[shared] for values in (*cells[1:], stratum))
-            *fields[:5, column], influence[:, column] = measure(*used, len(names))
-    return Areas._make((*fields, influence))
+    return measure_areas(scores, target, mask, patient, precision=True)
 
 
 def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
@@ -147,13 +118,13 @@ def weigh_labels(names: Sequence[str], over: Sequence[str]) -> Floats:
 def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05) -> Figure:
     """`value`, `low` and `high` of Σ weight · area, for weights [A]; None if an area with a weight is undefined.
 
-    `level` is the chance that the limits miss it.
+    `level` is the chance that the limits miss it. They follow from those of the areas and their correlations (MOVER:
+    Zou, Toward using confidence intervals to compare correlations, Psychological Methods 12, 2007).
     """
-    weight = np.asarray(weights)
-    kept = weight != 0
+    kept = np.asarray(weights) != 0
     if not kept.any() or np.isnan(areas.value[kept]).any():
         return {"value": None, **NO_LIMITS}
-    weight, area, low, high, freedom = (values[kept] for values in (weight, *areas[:4]))
+    weight, area, low, high, freedom = (np.asarray(values)[kept] for values in (weights, *areas[:4]))
     influence = areas.influence[:, kept]
     norm = np.sqrt((influence**2).sum(axis=0))
     unit = influence / np.where(norm > 0, norm, 1)
@@ -165,7 +136,7 @@ def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
         return float(np.sqrt(max((weight * sides) @ correlation @ (weight * sides), 0)))
 
     if (weight > 0).all():
-        scale = student_quantile(np.inf, level) / Z
+        scale = metrics.student_quantile(np.inf, level) / Z
         below, above = scale * margin(area - low), scale * margin(high - area)
         return {"value": middle, "low": middle - below, "high": middle + above}
     halves = (high - low) / 2  # symmetric, so that two runs with the same scores cancel out
@@ -173,7 +144,7 @@ def combine(areas: Areas, weights: Sequence[float] | Floats, level: float = 0.05
     # Satterthwaite's degrees of freedom; two runs have the same positives, hence half.
     shares = (weight * halves) ** 2
     pooled = float(shares.sum() ** 2 / (shares**2 / freedom).sum()) / 2
-    half = widest * student_quantile(max(pooled, 1), level) / Z
+    half = widest * metrics.student_quantile(max(pooled, 1), level) / Z
     return {"value": middle, "low": middle - half, "high": middle + half}
 
 
@@ -184,7 +155,11 @@ def subtract(left: Sequence[Areas], right: Sequence[Areas], weights: Floats) -> 
 
 
 def score_limits(auroc: float, variance: Callable[[float], float], z: float = Z) -> tuple[float, float]:
-    """Newcombe's method 5: the θ on either side of an AUROC with |θ - AUROC| = z · √variance(θ)."""
+    """The θ on either side of an AUROC with |θ - AUROC| = z · √variance(θ), which are never the same.
+
+    Newcombe, Confidence intervals for an effect size measure based on the Mann-Whitney statistic, part 2, method 5,
+    Statistics in Medicine 25, 2006.
+    """
 
     def excess(theta: float) -> float:
         return float(abs(theta - auroc) - z * variance(theta) ** 0.5)
@@ -208,10 +183,12 @@ def score_variance(theta: float, positives: float, negatives: float) -> float:
     return theta * (1 - theta) * factor / (positives * negatives)
 
 
-def _measure_auroc(
-    score: Floats, truth: Bools, codes: Ints, stratum: Names, patients: int
-) -> tuple[float, float, float, float, float, Floats]:
-    """AUROC, its limits, degrees of freedom, design effect, and influence values [P]; strata have both classes."""
+def _measure_auroc(score: Floats, truth: Bools, codes: Ints, stratum: Ints, patients: int) -> Area:
+    """The AUROC within strata, Σ w_k A_k with w_k a stratum's share of all pairs; its variance is Σ w_k² V_k.
+
+    DeLong's variance, with clusters as in Obuchowski, Nonparametric analysis of clustered ROC curve data, Biometrics
+    53, 1997. Each stratum has both classes.
+    """
     _, strata = np.unique(stratum, return_inverse=True)
     sizes = np.array([np.bincount(strata, side) for side in (truth, ~truth)])  # [2, K]
     weights = sizes.prod(axis=0) / sizes.prod(axis=0).sum()
@@ -221,27 +198,21 @@ def _measure_auroc(
         rows = strata == number
         share[rows] = share_won(score[rows], truth[rows], np.ones(rows.sum()))
     areas = np.bincount(strata, np.where(truth, share, 0)) / sizes[0]
-    auroc = float(weights @ areas)
-    own = np.where(truth, *sizes[:, strata])
-    centered = (share - areas[strata]) * weights[strata] / own
-    clusters = _cluster(centered, truth, own, codes, patients)
-
-    def variance(theta: float) -> float:
-        return clusters.design * float(np.dot(weights**2, score_variance(theta, *sizes)))
-
-    if clusters.kish == 1:
-        limits = score_limits(auroc, variance)
-    elif clusters.owners == 1:
-        limits = 0.0, 1.0  # one patient's images say nothing about how much patients differ
-    else:
-        limits = score_limits(auroc, variance, student_quantile(clusters.freedom))
+    auroc, own = float(weights @ areas), np.where(truth, *sizes[:, strata])
+    clusters = _cluster((share - areas[strata]) * weights[strata] / own, truth, own, codes, patients)
+    limits = 0.0, 1.0  # one patient's images say nothing about how much patients differ
+    if clusters.kish == 1 or clusters.owners > 1:
+        z = Z if clusters.kish == 1 else metrics.student_quantile(clusters.freedom)
+        limits = score_limits(auroc, lambda theta: clusters.design * (weights**2 @ score_variance(theta, *sizes)), z)
     return auroc, *limits, max(clusters.owners - 1, 1), clusters.design, clusters.influence
 
 
-def _measure_auprc(
-    score: Floats, truth: Bools, codes: Ints, _: Names, patients: int
-) -> tuple[float, float, float, float, float, Floats]:
-    """AUPRC, its limits, degrees of freedom, design effect, and influence values [P], of cells of both classes."""
+def _measure_auprc(score: Floats, truth: Bools, codes: Ints, _: Ints, patients: int) -> Area:
+    """The AUPRC with a logit interval (Boyd, Eng and Page, Area under the precision-recall curve, ECML 2013).
+
+    Its variance is from the influence of each patient's images (the infinitesimal jackknife: Efron, The jackknife, the
+    bootstrap and other resampling plans, 1982).
+    """
     auprc, cells = influence_precision(score, truth)
     clusters = _cluster(cells, truth, np.where(truth, truth.sum(), (~truth).sum()), codes, patients)
     if clusters.owners == 1:
@@ -250,7 +221,7 @@ def _measure_auprc(
         limits = 0.025 ** (1 / clusters.owners), 1.0  # the exact binomial's, since nothing varies
     else:
         error = (clusters.design * clusters.independent) ** 0.5 / (auprc * (1 - auprc))  # in logits
-        half = min(student_quantile(clusters.freedom) * error, 700)
+        half = min(metrics.student_quantile(clusters.freedom) * error, 700)
         odds = auprc / (1 - auprc) * np.exp([-half, half])
         limits = tuple((odds / (1 + odds)).tolist())
     return auprc, *limits, max(clusters.owners - 1, 1), clusters.design, clusters.influence
@@ -263,7 +234,7 @@ def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
     over positives i, without interpolation. Its derivative by the weight of a cell k is
     [y_k (H_k / C_k - AUPRC) + Σ_{i: s_i ≤ s_k} (y_k / C_i - H_i / C_i²)] / P.
     """
-    curve = threshold_curve(score, truth)
+    curve = metrics.threshold_curve(score, truth)
     hits, called = curve.true_positives, curve.true_positives + curve.false_positives
     gained, precision = np.diff(hits, prepend=0), hits / called
     auprc = float(gained @ precision / hits[-1])

@@ -8,7 +8,8 @@ An undefined figure is None, and never part of a mean. Differences between score
 limits of both (Newcombe, 1998, method 10; Zou, 2007); the thresholds and calibration remain those of the run's dev.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from math import comb
@@ -21,34 +22,17 @@ import pyarrow as pa
 from pipeline.base.errors import DataError
 from pipeline.labels import find_unannotated, name_ages
 from pipeline.manifest import name_facts
+from pipeline.measure import metrics
 from pipeline.measure.audit import find_covariates, find_strata
 from pipeline.measure.belief import add_belief
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, average, combine, measure_areas, measure_precision, subtract, weigh_labels
 from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation
-from pipeline.measure.metrics import (
-    FEW,
-    NO_LIMITS,
-    Bools,
-    Cells,
-    Figure,
-    Floats,
-    Names,
-    brier_score,
-    calibration_error,
-    count_classes,
-    decide,
-    label_cells,
-    mean_of,
-    measure_rates,
-    measure_share,
-    subtract_independent,
-    threshold_curve,
-)
+from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Names, label_cells, measure_share
 from pipeline.measure.scores import Scored as Scored
 from pipeline.measure.scores import study_level as study_level
 
-ERRORS = {"brier": brier_score, "ece": calibration_error}
+ERRORS = {"brier": metrics.brier_score, "ece": metrics.calibration_error}
 AREAS = {"auroc": measure_areas, "auprc": measure_precision}
 DECISIONS = (0.05, 0.1, 0.2, 0.3, 0.5)  # probabilities at which to act, for the net benefit
 KEPT = 0.6  # the AUROC above which a label is still recognized in altered images
@@ -59,7 +43,11 @@ GIVEN = "given"  # the rule of a threshold that the user chose
 LEVEL = 0.05  # of all gaps between groups together
 MEMBERS = "mean of the members"
 ALTERED = "altered: "  # in front of the name of an alteration, as a scorer
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+Settings = Mapping[str, Any]  # ready for JSON
+Fits = Mapping[str, Calibration]  # by label
+Facts = Mapping[str, Names]  # [N] by variable
+Others = Mapping[str, Floats]  # by the name of their source
+NOTHING: Settings = MappingProxyType({})
 
 
 class Beside(NamedTuple):
@@ -69,31 +57,30 @@ class Beside(NamedTuple):
     [N, L] of 1, 0 or NaN. `edge` are gray levels [N] outside the lungs.
     """
 
-    against: Mapping[str, Floats] = NOTHING
-    readers: Mapping[str, Floats] = NOTHING
-    members: Mapping[str, Floats] = NOTHING
-    altered: Mapping[str, Floats] = NOTHING
-    edge: Mapping[str, Floats] = NOTHING
+    against: Others = NOTHING
+    readers: Others = NOTHING
+    members: Others = NOTHING
+    altered: Others = NOTHING
+    edge: Others = NOTHING
+
+
+NONE = Beside()
 
 
 def judge_scores(
-    evaluated: Mapping[str, Any],
-    images: Scored,
-    table: pa.Table,
-    calibration: Mapping[str, Any],
-    beside: Beside = Beside(),  # noqa: B008 - immutable
+    evaluated: Settings, images: Scored, table: pa.Table, calibration: Settings, beside: Beside = NONE
 ) -> Evaluation:
     """The evaluation of scores: of `images`, whose facts are the rows of a label table.
 
     `evaluated` describes them: `split`, `unit`, `labels`, and anything else for the head. `calibration` is
     what `calibrate` or `leave_uncalibrated` returns.
     """
-    names, unit = evaluated["labels"], evaluated["unit"]
     # Numbers in the order of names sort three times as fast as names.
     images = images._replace(patient=np.unique(images.patient, return_inverse=True)[1])
     texts = [name for name, kind in name_facts(table).items() if kind == "string"]
     facts = {name: table[name].to_numpy().astype(object) for name in texts}
-    evaluation = assess(names, images, calibration, split=evaluated["split"], unit=unit, facts=facts)
+    split, unit, names = (evaluated[name] for name in ("split", "unit", "labels"))
+    evaluation = assess(names, images, calibration, split=split, unit=unit, facts=facts)
     head = evaluation.head
     head |= {name: value for name, value in evaluated.items() if name not in head}
     head["not_annotated"] = find_unannotated(table)
@@ -104,8 +91,11 @@ def judge_scores(
     altered = {f"{ALTERED}{name}": scores for name, scores in beside.altered.items()}
     add_comparisons(evaluation, unit, images, altered)
     add_comparisons(evaluation, unit, images, beside.members, mean=MEMBERS)
-    studies = study_level(images, head["combine"])
-    add_readers(evaluation, studies, {name: combine_calls(images, calls) for name, calls in beside.readers.items()})
+    readers = {}
+    for name, calls in beside.readers.items():  # of a study, positive if any view's is, and NaN if none is read
+        read = study_level(images._replace(scores=np.nan_to_num(calls), mask=~np.isnan(calls)))
+        readers[name] = np.where(read.mask, read.scores, np.nan)
+    add_readers(evaluation, study_level(images, head["combine"]), readers)
     return evaluation
 
 
@@ -115,9 +105,8 @@ def calibrate(names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combi
     `combine` is how the views' scores make a study's score: max or mean.
     """
     levels = {"image": dev, "study": study_level(dev, combine)}
-    return {"sensitivity": sensitivity, "combine": combine} | {
-        level: fit_calibration(names, *rows[:4], sensitivity) for level, rows in levels.items()
-    }
+    fits = {level: fit_calibration(names, *rows[:4], sensitivity) for level, rows in levels.items()}
+    return {"sensitivity": sensitivity, "combine": combine} | fits
 
 
 def leave_uncalibrated(names: Sequence[str], threshold: float | None, combine: str = "max") -> dict[str, Any]:
@@ -130,13 +119,13 @@ def leave_uncalibrated(names: Sequence[str], threshold: float | None, combine: s
 def assess(
     names: Sequence[str],
     images: Scored,
-    calibration: Mapping[str, Any],
+    fits: Settings,
     *,
     split: str = "",
     unit: str = "image",
-    facts: Mapping[str, Names] = MappingProxyType({}),
+    facts: Facts = NOTHING,
 ) -> Evaluation:
-    """The figures of a split's scores; `calibration` is what `calibrate` or `leave_uncalibrated` returns.
+    """The figures of a split's scores; `fits` is what `calibrate` or `leave_uncalibrated` returns.
 
     `unit` is what a row of `images` is: image or study. `facts` are texts [N] for further subgroups, None if unknown;
     those of more than MOST_GROUPS values are counted in `many_groups` of the head instead. Raises ValueError if there
@@ -144,100 +133,95 @@ def assess(
     """
     if len(images.scores) == 0:
         raise ValueError("no images to evaluate")
-    values = {name: _list_values(fact) for name, fact in facts.items()}
-    few = {name: facts[name] for name, texts in values.items() if 1 < len(texts) <= MOST_GROUPS}
+    counts = {name: len(set(fact.tolist()) - {None, ""}) for name, fact in facts.items()}
     head: dict[str, Any] = {"split": split, "unit": unit, "labels": list(names)}
-    head |= {name: calibration[name] for name in ("combine", "sensitivity")}
-    head["many_groups"] = {name: len(texts) for name, texts in values.items() if len(texts) > MOST_GROUPS}
+    head |= {name: fits[name] for name in ("combine", "sensitivity")}
+    head["many_groups"] = {name: count for name, count in counts.items() if count > MOST_GROUPS}
     evaluation = Evaluation(head)
     levels = {"image": images} if unit == "image" else {}
-    for level, rows in (levels | {"study": study_level(images, calibration["combine"])}).items():
-        _add_level(evaluation, level, rows, calibration[level])
-    add_groups(evaluation, images, calibration["image"], few)
+    for level, rows in (levels | {"study": study_level(images, fits["combine"])}).items():
+        _add_level(evaluation, level, rows, fits[level])
+    few = {name: facts[name] for name, count in counts.items() if 1 < count <= MOST_GROUPS}
+    add_groups(evaluation, images, fits["image"], few)
     return evaluation
 
 
-def _add_level(evaluation: Evaluation, level: str, rows: Scored, calibration: Mapping[str, Calibration]) -> None:
+def _add_level(evaluation: Evaluation, level: str, rows: Scored, fits: Fits) -> None:
     """Findings and their means, of images or of studies."""
     names = evaluation.labels
     evaluation.add(level, None, UNITS[level], len(rows.scores))
     evaluation.add(level, None, "patients", len(np.unique(rows.patient)))
     measured = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
+    errors: dict[str, Figure] = {}
+    for name, score, truth, patient in label_cells(names, *rows[:4]):
+        fit = fits[name]
+        for metric in ("temperature", "bias"):
+            evaluation.add(level, name, metric, fit[metric], note=fit["note"] or "")
+        for rule, threshold in fit["thresholds"].items():
+            evaluation.add(level, name, "threshold", threshold, rule)
+            rates = {} if threshold is None else metrics.measure_rates(threshold, score, truth, patient)
+            for rate, figure in rates.items():
+                evaluation.add(level, name, rate, group=rule, **figure)
+        calibrated = apply_calibration(score, fit)
+        for at in DECISIONS if len(truth) else ():
+            for metric, figure in metrics.decide(calibrated, truth, patient, at).items():
+                evaluation.add(level, name, metric, group=f"at {at}", **figure)
+        errors[name] = {metric: measure(score, truth) for metric, measure in ERRORS.items()}
+        if evaluation.head["sensitivity"] is not None:
+            errors[name] |= {f"{metric}_calibrated": measure(calibrated, truth) for metric, measure in ERRORS.items()}
     counts = dict(zip(names, measured["auroc"].count_cells(), strict=True))
-    errors = {
-        cells.label: _add_decisions(evaluation, level, cells, calibration[cells.label])
-        for cells in label_cells(names, *rows[:4])
-    }
     for label, over in average(names, measured["auroc"]).items():
         for metric, area in measured.items():
             evaluation.add(level, label, metric, **combine(area, weigh_labels(names, over)), **counts.get(label, {}))
         for metric in errors[names[0]]:
-            value = errors[label][metric] if label in errors else mean_of(errors, over, metric)
+            mean = sum(errors[name][metric] for name in over) / len(over) if over else None
+            value = errors[label][metric] if label in errors else mean
             evaluation.add(level, label, metric, value, **counts.get(label, {}))
 
 
-def _add_decisions(evaluation: Evaluation, level: str, cells: Cells, fit: Calibration) -> Figure:
-    """Add a finding's calibration, rates at its thresholds, and net benefit; returns the errors of its scores."""
-    name, score, truth, patient = cells
-    for metric in ("temperature", "bias"):
-        evaluation.add(level, name, metric, fit[metric], note=fit["note"] or "")
-    for rule, threshold in fit["thresholds"].items():
-        evaluation.add(level, name, "threshold", threshold, rule)
-        rates = {} if threshold is None else measure_rates(threshold, score, truth, patient)
-        for rate, figure in rates.items():
-            evaluation.add(level, name, rate, group=rule, **figure)
-    calibrated = apply_calibration(score, fit)
-    for at in DECISIONS if len(truth) else ():
-        for metric, figure in decide(calibrated, truth, patient, at).items():
-            evaluation.add(level, name, metric, group=f"at {at}", **figure)
-    scores = {"": score} | ({} if evaluation.head["sensitivity"] is None else {"_calibrated": calibrated})
-    return {f"{metric}{kind}": measure(scores[kind], truth) for kind in scores for metric, measure in ERRORS.items()}
-
-
-def _list_values(fact: Names) -> tuple[str, ...]:
-    return tuple(sorted({text for text in fact.tolist() if text}))
-
-
-def add_groups(
-    evaluation: Evaluation,
-    images: Scored,
-    fits: Mapping[str, Calibration],
-    more: Mapping[str, Names] = MappingProxyType({}),
-) -> None:
+def add_groups(evaluation: Evaluation, images: Scored, fits: Fits, more: Facts = NOTHING) -> None:
     """Add, by sex, age, projection and the texts [N] of `more`: images, AUROC per label, TPR at dev's Youden threshold.
 
     `tpr_gap` is the highest TPR minus the lowest, over groups with positives of at least 10 patients; None if there are
     fewer than two such groups. The data choose which two groups differ most, and which label a reader looks at,
     so the limits of all pairs of groups, of all variables and labels, hold jointly at 95 % (Bonferroni).
     """
+    names, level = evaluation.labels, evaluation.unit
     facts = {"sex": images.sex, "age": name_ages(images.age), "projection": images.projection, **more}
     calls: dict[tuple[str, str], list[tuple[Bools, Names]]] = {}  # of positives [n], and their patients
     for variable, fact in facts.items():
-        compared = GROUPS[variable] if variable in GROUPS else _list_values(fact)
+        compared = GROUPS.get(variable) or sorted(set(fact.tolist()) - {None, ""})
         measured: dict[str, Areas] = {}
         for name in compared:
             group, inside = f"{variable}={name}", fact == name
-            evaluation.add(evaluation.unit, None, "images", int(inside.sum()), group)
+            evaluation.add(level, None, "images", int(inside.sum()), group)
             # Over all patients, so that patients in two groups are recognized.
             rows = images._replace(mask=images.mask & inside[:, None])
-            measured[group] = measure_areas(*rows[:4])
-            for label, called, owner in _add_group(evaluation, group, rows, fits, measured[group]):
+            areas = measured[group] = measure_areas(*rows[:4])
+            for cells, counts in zip(label_cells(names, *rows[:4]), areas.count_cells(), strict=True):
+                label, score, truth, patient = cells
+                threshold = next(iter(fits[label]["thresholds"].values()), None)  # Youden's, or the user's
+                positive = truth & (threshold is not None)
+                called, owner = score[positive] >= (threshold or 0), patient[positive]
+                auroc = combine(areas, weigh_labels(names, [label]))
+                evaluation.add(level, label, "auroc", group=group, **auroc, **counts)
+                evaluation.add(level, label, "tpr", group=group, **measure_share(called, owner), **counts)
                 enough = len(np.unique(owner)) >= FEW
                 calls.setdefault((variable, label), []).extend([(called, owner)] if enough else [])
         _add_macros(evaluation, measured)
-        others, counts = np.unique([name or "unknown" for name in fact.tolist()], return_counts=True)
-        for name, count in zip(others.tolist(), counts.tolist(), strict=True):
+        for name, count in sorted(Counter(name or "unknown" for name in fact.tolist()).items()):
             if name not in compared:
-                evaluation.add(evaluation.unit, None, "images", count, f"{variable}={name}", note="in no group")
+                evaluation.add(level, None, "images", count, f"{variable}={name}", note="in no group")
     pairs = sum(comb(len(groups), 2) for groups in calls.values())
     for (variable, label), groups in calls.items():
-        gap = _tpr_gap(groups, LEVEL / max(pairs, 1))
-        evaluation.add(evaluation.unit, label, "tpr_gap", group=variable, **gap)
+        rates = [measure_share(*group, LEVEL / max(pairs, 1)) for group in groups]
+        rates.sort(key=lambda rate: [*rate.values()])
+        # The limits assume that no patient is in two groups.
+        gap = NO_LIMITS if len(rates) < 2 else metrics.subtract_independent(rates[-1], rates[0])
+        evaluation.add(level, label, "tpr_gap", group=variable, **gap)
 
 
-def assess_groups(
-    names: Sequence[str], images: Scored, fits: Mapping[str, Calibration]
-) -> dict[str, dict[str, dict[str, Any]]]:
+def assess_groups(names: Sequence[str], images: Scored, fits: Fits) -> dict[str, dict[str, dict[str, Any]]]:
     """`tpr_gap` and `tpr_gap_limits` of each label, by variable, as from `add_groups`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
     add_groups(evaluation, images, fits)
@@ -247,21 +231,6 @@ def assess_groups(
         variable["tpr_gap"][str(row.label)] = row.value
         variable["tpr_gap_limits"][str(row.label)] = {"low": row.low, "high": row.high}
     return gaps
-
-
-def _add_group(
-    evaluation: Evaluation, group: str, rows: Scored, fits: Mapping[str, Calibration], measured: Areas
-) -> Iterator[tuple[str, Bools, Names]]:
-    """Add a group's figures; yield each label's calls of its positives, and their patients, if it has a threshold."""
-    names, level = evaluation.labels, evaluation.unit
-    for cells, counts in zip(label_cells(names, *rows[:4]), measured.count_cells(), strict=True):
-        name, score, truth, patient = cells
-        threshold = next(iter(fits[name]["thresholds"].values()), None)  # Youden's, which comes first, or the user's
-        positive = truth & (threshold is not None)
-        called, owner = score[positive] >= (threshold or 0), patient[positive]
-        evaluation.add(level, name, "auroc", group=group, **combine(measured, weigh_labels(names, [name])), **counts)
-        evaluation.add(level, name, "tpr", group=group, **measure_share(called, owner), **counts)
-        yield name, called, owner
 
 
 def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
@@ -283,43 +252,27 @@ def _add_macros(evaluation: Evaluation, measured: Mapping[str, Areas]) -> None:
         evaluation.add(level, "macro", "auroc_less_first", group=group, **difference)
 
 
-def _tpr_gap(groups: Sequence[tuple[Bools, Names]], level: float) -> Figure:
-    """The highest TPR minus the lowest, with limits at a level, assuming separate patients."""
-    rates = [measure_share(called, patient, level) for called, patient in groups]
-    rates.sort(key=lambda rate: [*rate.values()])
-    return NO_LIMITS if len(rates) < 2 else subtract_independent(rates[-1], rates[0])
-
-
 def add_other(evaluation: Evaluation, images: Scored, name: str, scores: Floats) -> None:
     """Add the paired differences from other scores [N, L], of images and of studies.
 
     Only on the findings and rows that they cover: a column of NaN is a missing finding, any other NaN a missing row.
     Raises DataError if they cover none.
     """
-    known = ~np.isnan(scores)
+    known, units = ~np.isnan(scores), UNITS[evaluation.unit]
     columns = known.any(axis=0)
     rows = known[:, columns].all(axis=1)
     if not columns.any() or not rows.any():
-        raise DataError(f"`against` {name}: no scores of these {UNITS[evaluation.unit]} and labels")
-    names = [evaluation.labels[column] for column in np.flatnonzero(columns)]
-    fields = ("scores", "target", "mask")
-    covered = images.take(rows)
-    covered = covered._replace(**{field: getattr(covered, field)[:, columns] for field in fields})
-    other_scores = scores[rows][:, columns]
+        raise DataError(f"`against` {name}: no scores of these {units} and labels")
     if not rows.all():
-        evaluation.add(evaluation.unit, None, UNITS[evaluation.unit], int(rows.sum()), scorer=name)
+        evaluation.add(evaluation.unit, None, units, int(rows.sum()), scorer=name)
+    names = np.array(evaluation.labels)[columns].tolist()
+    ours = images.take(rows)
+    ours = ours._replace(**{field: getattr(ours, field)[:, columns] for field in ("scores", "target", "mask")})
+    other = ours._replace(scores=scores[rows][:, columns])
     for level in evaluation.levels:
         if level == "study":
-            combine = evaluation.head["combine"]
-            other_scores = study_level(covered._replace(scores=other_scores), combine).scores
-            covered = study_level(covered, combine)
-        add_comparisons(evaluation, level, covered, {name: other_scores}, names=names)
-
-
-def combine_calls(images: Scored, calls: Floats) -> Floats:
-    """A reader's calls [N, L] of images → of studies [S, L]: positive if any view's is, NaN if none is read."""
-    read = study_level(images._replace(scores=np.nan_to_num(calls), mask=~np.isnan(calls)))
-    return np.where(read.mask, read.scores, np.nan)
+            ours, other = (study_level(side, evaluation.head["combine"]) for side in (ours, other))
+        add_comparisons(evaluation, level, ours, {name: other.scores}, names=names)
 
 
 def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str, Floats]:
@@ -345,12 +298,7 @@ def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str,
 
 
 def add_comparisons(
-    evaluation: Evaluation,
-    level: str,
-    rows: Scored,
-    others: Mapping[str, Floats],
-    mean: str = "",
-    names: Sequence[str] | None = None,
+    evaluation: Evaluation, level: str, rows: Scored, others: Others, mean: str = "", names: Sequence[str] = ()
 ) -> None:
     """Add AUROC and AUPRC of other scores [N, L] of the same rows, and ours minus them, for findings and means.
 
@@ -363,19 +311,18 @@ def add_comparisons(
     names = names or evaluation.labels
     own = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
     means = average(names, own["auroc"])
-    measured = {
-        name: {metric: measure(scores, *rows[1:4]) for metric, measure in AREAS.items()}
-        for name, scores in others.items()
-    }
-    groups = {name: [areas] for name, areas in measured.items()} | ({mean: [*measured.values()]} if mean else {})
+    measured = [(name, rows._replace(scores=scores)[:4]) for name, scores in others.items()]
+    groups = {name: [{metric: measure(*cells) for metric, measure in AREAS.items()}] for name, cells in measured}
+    groups |= {mean: [areas for (areas,) in groups.values()]} if mean else {}
     for scorer, group in groups.items():
         for metric, area in own.items():
-            theirs = [areas[metric] for areas in group]
+            areas = [member[metric] for member in group]
+            joined = reduce(Areas.join, areas)
             for label, over in means.items():
                 share = weigh_labels(names, over)
-                figure = combine(reduce(Areas.join, theirs), np.tile(share / len(theirs), len(theirs)))
+                figure = combine(joined, np.tile(share / len(areas), len(areas)))
                 evaluation.add(level, label, metric, **figure, scorer=scorer)
-                difference = subtract([area], theirs, share)
+                difference = subtract([area], areas, share)
                 evaluation.add(level, label, f"{metric}_difference", **difference, scorer=scorer)
 
 
@@ -404,12 +351,12 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
     for label, pair in pairs.items():
         judged, other = ({name: getattr(row, name) for name in fields} for row in pair)
         evaluation.add(level, label, "auroc", group=OWN, **other)
-        difference, few = subtract_independent(judged, other), any(row.few for row in pair)
+        difference, few = metrics.subtract_independent(judged, other), any(row.few for row in pair)
         note = widened if label == COMMON else ""
         evaluation.add(level, label, "auroc_difference", group=OWN, **difference, few=few, note=note)
 
 
-def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, Floats]) -> None:
+def add_readers(evaluation: Evaluation, studies: Scored, readers: Others) -> None:
     """Add each reader's rates, from calls [S, L] of 1, 0 or NaN (not read). All figures are of the studies read.
 
     `network` is the sensitivity of the network's ROC curve, linear between its points, at the reader's specificity,
@@ -423,24 +370,18 @@ def add_readers(evaluation: Evaluation, studies: Scored, readers: Mapping[str, F
             name, score, truth, patient = cells
             if not len(truth):
                 continue
-            counts = count_classes(truth, patient)
-            rates = measure_rates(0.5, calls[mask[:, column], column], truth, patient)
+            counts = metrics.count_classes(truth, patient)
+            rates = metrics.measure_rates(0.5, calls[mask[:, column], column], truth, patient)
             for rate, figure in rates.items():
                 evaluation.add("study", name, rate, **figure, **counts, scorer=reader)
             sensitivity, specificity = (rates[rate]["value"] for rate in ("sensitivity", "specificity"))
-            network, below = place_on_curve(score, truth, specificity), None
-            evaluation.add("study", name, "network", network, scorer=reader)
-            if network is not None and sensitivity is not None:
+            network = below = None
+            if sensitivity is not None and specificity is not None:  # both classes
+                curve = metrics.threshold_curve(score, truth)
+                hits = np.concatenate([[0], curve.true_positives]) / truth.sum()
+                alarms = np.concatenate([[0], curve.false_positives]) / (~truth).sum()
+                top = np.append(np.diff(alarms) > 0, True)  # of each vertical segment
+                network = float(np.interp(1 - specificity, alarms[top], hits[top]))
                 below = float(network > sensitivity + 1e-9)  # beyond rounding
+            evaluation.add("study", name, "network", network, scorer=reader)
             evaluation.add("study", name, "below", below, **counts, scorer=reader)
-
-
-def place_on_curve(score: Floats, truth: Bools, specificity: float | None) -> float | None:
-    """The sensitivity of the ROC curve of scores [n] at a specificity; None with one class."""
-    if specificity is None or not truth.any():
-        return None
-    curve = threshold_curve(score, truth)
-    hits = np.concatenate([[0], curve.true_positives]) / truth.sum()
-    alarms = np.concatenate([[0], curve.false_positives]) / (~truth).sum()
-    highest = np.append(np.diff(alarms) > 0, True)  # the top of each vertical segment
-    return float(np.interp(1 - specificity, alarms[highest], hits[highest]))

@@ -21,6 +21,7 @@ from pipeline.base.files import read_object
 MEANS = {"macro": "macro", "macro10": "macro, ≥ 10 patients", "mean5": "mean of competition's 5"}
 COMMON = "common"  # the mean over the findings on which two data sets can be compared
 OWN = "own valid"  # the group of figures on a run's own valid
+Text = str | None
 UNITS = {"image": "images", "study": "studies"}  # of a level
 
 
@@ -49,12 +50,12 @@ class Row:
 
     @property
     def shown(self) -> str:
-        """The figure and its limits to three places."""
+        """The figure and its limits, to three places."""
         return self._show("z.3f")
 
     @property
     def change(self) -> str:
-        """A difference with its sign and its limits."""
+        """The same of a difference, with its sign."""
         return self._show("+z.3f")
 
     def _show(self, form: str) -> str:
@@ -75,28 +76,11 @@ class Evaluation:
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Index the rows."""
+        """Index the rows, and read the split, the unit (image or study) and the findings from the head."""
+        self.split, self.unit = str(self.head["split"]), str(self.head["unit"])
+        self.labels: list[str] = list(self.head["labels"])
+        self.levels = ["image", "study"] if self.unit == "image" else ["study"]
         self._index = {(row.metric, row.label, row.level, row.group, row.scorer): row for row in self.rows}
-
-    @property
-    def split(self) -> str:
-        """The split of the judged scores."""
-        return str(self.head["split"])
-
-    @property
-    def unit(self) -> str:
-        """What is scored: image or study."""
-        return str(self.head["unit"])
-
-    @property
-    def labels(self) -> list[str]:
-        """The findings with scores, in order."""
-        return list(self.head["labels"])
-
-    @property
-    def levels(self) -> list[str]:
-        """Images, if these were scored, and studies."""
-        return ["image", "study"] if self.unit == "image" else ["study"]
 
     @property
     def distinct_levels(self) -> list[str]:
@@ -105,27 +89,14 @@ class Evaluation:
         return self.levels[: 1 if alone else None]
 
     def add(
-        self,
-        level: str,
-        label: str | None,
-        metric: str,
-        value: float | None = None,
-        group: str | None = None,
-        **fields: Any,
+        self, level: str, label: Text, metric: str, value: float | None = None, group: Text = None, **fields: Any
     ) -> None:
         """Add a row; `fields` are its other fields: low, high, positives, negatives, few, scorer, note."""
         row = Row(level, self.split, label, group, metric, value=value, **fields)
         self.rows.append(row)
         self._index[metric, label, level, group, row.scorer] = row
 
-    def get(
-        self,
-        metric: str,
-        label: str | None = None,
-        level: str | None = None,
-        group: str | None = None,
-        scorer: str | None = None,
-    ) -> Row:
+    def get(self, metric: str, label: Text = None, level: Text = None, group: Text = None, scorer: Text = None) -> Row:
         """The row; an empty one if there is none. The level is by default the unit."""
         level = level or self.unit
         empty = Row(level, self.split, label, group, metric, scorer)

@@ -4,7 +4,7 @@ A label with one class has no AUROC and no AUPRC: both are None and the label is
 part of a mean. Everything is float64.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +14,14 @@ import scipy  # whose parts load when they are needed
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.integer[Any]]
+Names = npt.NDArray[Any]  # [N] of patients, studies or groups
+Figure = dict[str, Any]  # of an evaluation's row, numbers or None
 
 # The five labels of the CheXpert competition (Irvin et al., 2019).
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 FEW = 10  # patients of a class; with fewer, a label's figures are mostly chance
 Z = 1.959963984540054  # the normal distribution's 0.975 quantile
 BINS = 15  # of the calibration error, as in Guo et al., 2017
-
-Names = npt.NDArray[Any]  # [N] of patients, studies or groups
-Figure = dict[str, Any]  # of an evaluation's row, numbers or None
 NO_LIMITS: Figure = {"low": None, "high": None}
 
 
@@ -70,23 +69,6 @@ def label_cells(names: Sequence[str], scores: Floats, target: Floats, mask: Bool
         yield Cells(name, scores[used, column], target[used, column] == 1, patient[used])
 
 
-def averaged_labels(few: Mapping[str, bool]) -> dict[str, list[str]]:
-    """The labels of each mean: all with an AUROC; those with 10 patients in each class; the competition's five.
-
-    `few` has the labels with an AUROC, and whether a class has fewer patients.
-    """
-    return {
-        "macro": [*few],
-        "macro10": [name for name in few if not few[name]],
-        "mean5": list(COMPETITION) if set(COMPETITION) <= few.keys() else [],
-    }
-
-
-def mean_of(labels: Mapping[str, Figure], kept: Sequence[str], metric: str) -> float | None:
-    """The mean of a metric over the kept labels, all of which must have a value; None if there are none."""
-    return sum(labels[name][metric] for name in kept) / len(kept) if kept else None
-
-
 def brier_score(score: Floats, truth: Bools) -> float | None:
     """Mean squared distance of score and truth (Brier, 1950); None without cells."""
     return float(np.mean((score.astype(np.float64) - truth) ** 2)) if len(truth) else None
@@ -100,12 +82,9 @@ def cross_entropy(score: Floats, target: Floats, mask: Bools) -> float:
 
 def reliability(score: Floats, truth: Bools) -> Reliability:
     """Scores in 15 bins of equal width, closed on the right."""
-    bins = np.searchsorted(np.arange(1, BINS) / BINS, score.astype(np.float64))
-    count = np.bincount(bins, minlength=BINS)
-    filled = count > 0
-    sums = (np.bincount(bins, values, BINS)[filled] for values in (score, truth))
-    mean_score, share = (total / count[filled] for total in sums)
-    return Reliability(mean_score, share, count[filled])
+    _, bins = np.unique(np.searchsorted(np.arange(1, BINS) / BINS, score.astype(np.float64)), return_inverse=True)
+    cells = np.bincount(bins)
+    return Reliability(np.bincount(bins, score) / cells, np.bincount(bins, truth) / cells, cells)
 
 
 def calibration_error(score: Floats, truth: Bools) -> float | None:
@@ -132,12 +111,8 @@ def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names)
     without positives.
     """
     called = score >= threshold
-    shares = {
-        "sensitivity": (called, truth),
-        "specificity": (~called, ~truth),
-        "ppv": (truth, called),
-        "npv": (~truth, ~called),
-    }
+    shares = {"sensitivity": (called, truth), "specificity": (~called, ~truth)}
+    shares |= {"ppv": (truth, called), "npv": (~truth, ~called)}
     rates = {rate: measure_share(hits[cells], patient[cells]) for rate, (hits, cells) in shares.items()}
     hits, cells = int((called & truth).sum()), int(called.sum()) + int(truth.sum())
     return rates | {"f1": {"value": 2 * hits / cells if truth.any() else None}}
@@ -160,12 +135,8 @@ def decide(probability: Floats, truth: Bools, owner: Names, threshold: float) ->
     [n] as clusters and Student's t; None with one owner.
     """
     model, calls = (net_benefit(values, truth, threshold) for values in (probability, np.ones(len(truth))))
-    gains = model - calls if calls.mean() > 0 else model
-    return {
-        "net_benefit": {"value": float(model.mean())},
-        "net_benefit_all": {"value": float(calls.mean())},
-        "net_benefit_gain": mean_limits(gains, owner),
-    }
+    benefits = {"net_benefit": {"value": float(model.mean())}, "net_benefit_all": {"value": float(calls.mean())}}
+    return benefits | {"net_benefit_gain": mean_limits(model - calls if calls.mean() > 0 else model, owner)}
 
 
 def mean_limits(values: Floats, owner: Names) -> Figure:
@@ -224,11 +195,7 @@ def subtract_independent(left: Figure, right: Figure) -> Figure:
     Method 10 of Newcombe, Interval estimation for the difference between independent proportions, Statistics in
     Medicine 17, 1998; for figures of other kinds: Zou, Psychological Methods 12, 2007.
     """
-    (a, a_low, a_high), (b, b_low, b_high) = (
-        [side[name] for name in ("value", "low", "high")] for side in (left, right)
-    )
-    return {
-        "value": a - b,
-        "low": a - b - float(np.hypot(a - a_low, b_high - b)),
-        "high": a - b + float(np.hypot(a_high - a, b - b_low)),
-    }
+    a, b = left["value"], right["value"]
+    below = float(np.hypot(a - left["low"], right["high"] - b))
+    above = float(np.hypot(left["high"] - a, b - right["low"]))
+    return {"value": a - b, "low": a - b - below, "high": a - b + above}
