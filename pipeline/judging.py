@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -74,51 +73,38 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
     if asked.dev is not None and asked.split in (None, asked.dev) and not source.is_file():
         raise DataError(f"`dev` {asked.dev} is to be judged, too; name another, or another `split` to judge")
     columns, blank, fill = dict(asked.columns), find_blank(source), asked.open == "zeros"
-    opened = open_scores(scores, columns, logits=asked.logits).check()
     left_out: list[str] = []
 
     def keep(text: str) -> None:
         left_out.append(text)
         note(text)
 
+    opened = open_scores(scores, columns, logits=asked.logits).check()
     names, calibration = opened.labels, leave_uncalibrated(opened.labels, asked.threshold, asked.study)
     table = load_tables([source], asked.split, "all", asked.facts, keyed=True, note=note)
     images, table = join_scores(opened, table, blank, fill, keep)
     if asked.dev is not None:
         if source.is_file():
-            held_out = _hold_out(source, asked.dev, images, keep)
-            dev, images, table = (images.take(held_out), images.take(~held_out), table.filter(pa.array(~held_out)))
+            if asked.dev != "dev":
+                only = f"`dev` is {HELD_OUT:.0%} of the patients; give `dev` dev"
+                raise DataError(f"{source}: one CSV without splits, in which {only}")
+            patients, codes = np.unique(images.patient, return_inverse=True)
+            chosen = np.array([hash_fraction("dev", patient) < HELD_OUT for patient in patients.tolist()])
+            keep(f"{source.name}: {chosen.sum():,} of {len(patients):,} patients, by a hash of their names, are dev")
+            dev, images, table = images.take(chosen[codes]), images.take(~chosen[codes]), table.filter(~chosen[codes])
         else:
             dev_table = load_tables([source], asked.dev, "all", asked.facts, keyed=True)
             dev, _ = join_scores(opened, dev_table, blank, fill, ignore)
         calibration = calibrate(names, dev, asked.sensitivity, asked.study)
-    against = {
-        name: open_scores(path, columns, logits=asked.logits).check().take_all(table, names)
-        for name, path in name_files(asked.against).items()
-    }
-    readers = {}
+    against, readers = {}, {}
+    for name, path in name_files(asked.against).items():
+        against[name] = open_scores(path, columns, logits=asked.logits).check().take_all(table, names)
     for name, path in name_files(asked.readers).items():
         calls = open_scores(path, calls=True)
         readers[name] = calls.take(calls.align(table, keep), names)
     evaluated = {"split": asked.split or "all", "unit": opened.unit, "labels": list(names), "left_out": left_out}
     beside = Beside(against, readers, edge=_measure_edges(source, asked.split, table))
     return Judged(judge_scores(evaluated, images, table, calibration, beside), images)
-
-
-def _hold_out(source: Path, dev: str, images: Scored, note: Note) -> npt.NDArray[np.bool_]:
-    """Which rows [N] of a table without splits are dev: a fraction of its patients, by a hash of their names.
-
-    Raises DataError for any name but dev.
-    """
-    if dev != "dev":
-        raise DataError(
-            f"{source}: one CSV without splits, in which `dev` is {HELD_OUT:.0%} of the patients; give `dev` dev"
-        )
-    patients, codes = np.unique(images.patient, return_inverse=True)
-    chosen = np.array([hash_fraction("dev", patient) < HELD_OUT for patient in patients.tolist()])
-    note(f"{source.name}: {chosen.sum():,} of {len(patients):,} patients, by a hash of their names, are dev")
-    held_out: npt.NDArray[np.bool_] = chosen[codes]
-    return held_out
 
 
 def join_scores(scores: Scores, table: pa.Table, blank: str, fill: bool, note: Note) -> tuple[Scored, pa.Table]:
@@ -131,15 +117,12 @@ def join_scores(scores: Scores, table: pa.Table, blank: str, fill: bool, note: N
             filled = pc.if_else(pc.equal(table[label], NOT_ANNOTATED), pa.scalar(0, pa.int8()), table[label])
             table = table.set_column(table.column_names.index(label), label, filled)
     rows = scores.align(table, note)
+    kept = np.flatnonzero(rows >= 0)
     if scores.unit == "study":
-        first = np.unique(rows, return_index=True)[1]
-        repeated = np.ones(len(rows), bool)
-        repeated[first] = False
-        rows = np.where(repeated, -1, rows)
-    table, values = table.take(np.flatnonzero(rows >= 0)), scores.take(rows[rows >= 0], scores.labels)
-    columns = [LABELS.index(name) for name in scores.labels]
+        kept = kept[np.sort(np.unique(rows[kept], return_index=True)[1])]
+    table, columns = table.take(kept), [LABELS.index(name) for name in scores.labels]
     target, mask = evaluation_targets(table, blank)
-    return Scored.of(values, target[:, columns], mask[:, columns], table), table
+    return Scored.of(scores.take(rows[kept], scores.labels), target[:, columns], mask[:, columns], table), table
 
 
 def _measure_edges(source: Path, split: str | None, table: pa.Table) -> dict[str, Any]:

@@ -6,16 +6,12 @@ predict a label, and a test of H0: max(A, 1 - A) <= .6. Both directions count, s
 
     p = 2 (1 - Φ((max(A, 1 - A) - .6) / √(design · V(.6))))      (V and design: `delong`; V(θ) = V(1 - θ))
 
-which is at most α exactly if the two-sided limits of A at level 1 - α lie above .6 or below .4. All tests together
-keep the level .05 by Holm's method (A simple sequentially rejective multiple test procedure, Scandinavian Journal of
-Statistics 6, 1979): the k-th smallest of m p-values is compared with .05 / (m - k + 1), and after the first that is too
-large no H0 is rejected. A test's adjusted limit is that of max(A, 1 - A) at the test's level, so it is above .6 if H0
-is rejected. All covariates together are tested one-sided: a model below .5 on unseen patients predicts nothing.
+which is at most α exactly if the two-sided limits of A at level 1 - α lie above .6 or below .4. All covariates together
+are tested one-sided: a model below .5 on unseen patients predicts nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +20,7 @@ import scipy
 
 from pipeline.labels import LABELS, name_ages
 from pipeline.measure.delong import measure_areas, score_limits, score_variance
-from pipeline.measure.metrics import Bools, Floats, Ints, Names, count_classes, student_quantile
+from pipeline.measure.metrics import NOTHING, Bools, Columns, Facts, Floats, Ints, count_classes, student_quantile
 
 THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
 LEVEL = 0.05
@@ -71,11 +67,6 @@ class Clue:
         return self.design * score_variance(theta, self.positives, self.negatives)
 
     @property
-    def deviation(self) -> float:
-        """How far the strength is above the threshold, in standard errors."""
-        return float((self.strength - THRESHOLD) / self.variance(THRESHOLD) ** 0.5)
-
-    @property
     def alarm(self) -> bool:
         """Whether the label may be a shortcut's; image content may be the disease itself."""
         return self.exceeds and self.kind != "content"
@@ -106,8 +97,11 @@ class Audit:
     @property
     def alarms(self) -> dict[str, list[Clue]]:
         """The clues that raise an alarm, by label, worst first."""
-        labels = dict.fromkeys(clue.label for clue in self.clues if clue.alarm)
-        return {label: [clue for clue in self.clues if clue.alarm and clue.label == label] for label in labels}
+        alarms: dict[str, list[Clue]] = {}
+        for clue in self.clues:
+            if clue.alarm:
+                alarms.setdefault(clue.label, []).append(clue)
+        return alarms
 
     @property
     def size(self) -> str:
@@ -126,9 +120,8 @@ class Audit:
         texts = []
         for label, clues in self.alarms.items():
             first, *others = sorted(clues, key=lambda clue: clue.kind == "together")
-            predictor = (
-                "all covariates together predict" if first.kind == "together" else f"{first.covariate} alone predicts"
-            )
+            alone = f"{first.covariate} alone predicts"
+            predictor = "all covariates together predict" if first.kind == "together" else alone
             rest = ", ".join(f"{clue.covariate} {shorten(clue.strength)}" for clue in others)
             text = f"{label}: {predictor} it with AUROC {shorten(first.strength)} ({first.limits})"
             texts.append(f"{text}; {rest}" if rest else text)
@@ -139,8 +132,8 @@ def audit_labels(
     table: pa.Table,
     target: Floats,
     mask: Bools,
-    edge: Mapping[str, Floats] = MappingProxyType({}),
-    content: Mapping[str, Floats] = MappingProxyType({}),
+    edge: Columns = NOTHING,
+    content: Columns = NOTHING,
     *,
     together: bool = True,
 ) -> Audit:
@@ -156,7 +149,7 @@ def audit_labels(
     covariates = {**acquisition, **edge, **content}
     values = np.column_stack([np.empty((len(patient), 0)), *covariates.values()])
     clues: list[Clue] = []
-    few = []
+    few: list[str] = []
     for column, label in enumerate(LABELS):
         truth, used = target[:, column] == 1, mask[:, column]
         if count_classes(truth[used], patient[used])["few"]:
@@ -168,7 +161,15 @@ def audit_labels(
         if together and inside:
             kinds[TOGETHER] = "together"
             scores = np.column_stack([values, predict(values[:, :inside], truth, used, patient)])
-        clues += _test_label(label, kinds, scores, truth, used, patient)
+        known = ~np.isnan(scores) & used[:, None]
+        targets = np.broadcast_to(truth[:, None].astype(float), known.shape)
+        areas = measure_areas(np.nan_to_num(scores), targets, known, patient)
+        for place, (name, kind) in enumerate(kinds.items()):
+            if not areas.few[place]:
+                auroc, low, high, _, design = (float(part[place]) for part in areas[:5])
+                sizes = int(areas.positives[place]), int(areas.negatives[place])
+                strength = auroc if kind == "together" else max(auroc, 1 - auroc)
+                clues.append(Clue(label, name, kind, auroc, low, high, design, *sizes, strength))
     clues = sorted(_adjust(clues), key=lambda clue: -clue.adjusted)
     return Audit(images=len(patient), patients=int(patient.max()) + 1, left_out=left_out, few=few, clues=clues)
 
@@ -184,7 +185,6 @@ def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) ->
     from threadpoolctl import threadpool_limits
 
     trees = HistGradientBoostingClassifier if goal.dtype == bool else HistGradientBoostingRegressor
-
     order = np.random.default_rng(0).permutation(patient.max() + 1)[patient]
     fold = np.where(used & (order < MOST_PATIENTS), order % FOLDS, -1)
     score = np.full(len(goal), np.nan)
@@ -207,29 +207,23 @@ def shorten(figure: float) -> str:
     return f"{figure:.2f}".removeprefix("0")
 
 
-def _test_label(
-    label: str, kinds: Mapping[str, str], scores: Floats, truth: Bools, used: Bools, patient: Ints
-) -> Iterator[Clue]:
-    """A clue for each covariate, a column of scores [N, C], that is known for 10 patients of each class."""
-    known = ~np.isnan(scores) & used[:, None]
-    columns = np.broadcast_to(truth[:, None].astype(float), known.shape)
-    areas = measure_areas(np.nan_to_num(scores), columns, known, patient)
-    for column, (name, kind) in enumerate(kinds.items()):
-        if not areas.few[column]:
-            auroc, low, high, _, design, positives, negatives = (float(part[column]) for part in areas[:7])
-            strength = auroc if kind == "together" else max(auroc, 1 - auroc)
-            yield Clue(label, name, kind, auroc, low, high, design, int(positives), int(negatives), strength)
-
-
 def _adjust(clues: Sequence[Clue]) -> Iterator[Clue]:
-    """The clues with their adjusted limits, and which exceed the threshold, by Holm's method."""
+    """The clues with their adjusted limits, and which exceed the threshold; all tests together keep the level.
+
+    Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979: the k-th
+    smallest of m p-values is compared with LEVEL / (m - k + 1), and after the first that is too large no H0 is
+    rejected. The adjusted limit is that of the strength at the test's level: above the threshold if H0 is rejected.
+    """
+
+    def deviation(clue: Clue) -> float:  # of the strength from the threshold, in standard errors
+        return float((clue.strength - THRESHOLD) / clue.variance(THRESHOLD) ** 0.5)
+
     rejected, quantile = True, 0.0
-    for rank, clue in enumerate(sorted(clues, key=lambda clue: -clue.deviation)):
+    for rank, clue in enumerate(sorted(clues, key=deviation, reverse=True)):
         if rejected:
             quantile = student_quantile(np.inf, LEVEL / (len(clues) - rank))
-            rejected = clue.deviation > quantile
-        adjusted, _ = score_limits(clue.strength, clue.variance, quantile)
-        yield replace(clue, adjusted=adjusted, exceeds=rejected)
+            rejected = deviation(clue) > quantile
+        yield replace(clue, adjusted=score_limits(clue.strength, clue.variance, quantile)[0], exceeds=rejected)
 
 
 def find_covariates(table: pa.Table) -> tuple[dict[str, Floats], dict[str, str]]:
@@ -258,7 +252,7 @@ def find_covariates(table: pa.Table) -> tuple[dict[str, Floats], dict[str, str]]
     return {name: value for name, value in covariates.items() if name not in left_out}, left_out
 
 
-def find_strata(table: pa.Table) -> dict[str, Names]:
+def find_strata(table: pa.Table) -> Facts:
     """Names [N] by variable, empty if unknown: projection, sex, age band and, of several sets, the set."""
     lateral = pc.equal(table["view"], "lateral")
     known = pc.is_in(table["sex"], pa.array(["Female", "Male"]))

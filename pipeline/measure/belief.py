@@ -7,33 +7,28 @@ radiographic COVID-19 detection selects shortcuts over signal, Nature Machine In
 
 A covariate cannot contribute to the AUROC among images with equal values. So the AUROC A of all pairs is compared
 with W, that of the pairs within the same stratum: of each value or group of equal size of each covariate, of the label
-most associated with this one, of the label's propensity given all covariates together, and of the score that
-the covariates predict. Both predictions are of boosted trees, for unseen patients (`predict`).
-Groups of equal propensity balance all covariates at once (Rosenbaum and Rubin, Reducing bias in observational studies
-using subclassification on the propensity score, JASA 79, 1984). With paired 95 % intervals, patients as clusters:
+most associated with this one, of the label's propensity given all covariates together (Rosenbaum and Rubin, Reducing
+bias in observational studies using subclassification on the propensity score, JASA 79, 1984), and of the score that the
+covariates predict. With paired 95 % intervals, patients as clusters:
 
     shown     for some strata, A - W > 0 (Bonferroni over the strata), and less than half of A - .5 is left,
               or W is not distinguishable from .5
     partly    for some strata, A - W > 0 in that sense and above .05, but half or more may be left
     none      for all strata, more than half of A - .5 is left, and the balanced AUROC, too, is above .5
     unclear   anything else: the intervals are too wide to tell
-
-The balanced AUROC weighs images so that the covariates do not differ between positives and negatives: by 1 - e for
-positives and e for negatives, with e from a logistic regression on the covariates (Li, Morgan and Zaslavsky, Balancing
-covariates via propensity score weighting, JASA 113, 2018). Without a penalty these overlap weights balance exactly.
 """
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.measure import metrics
 from pipeline.measure.audit import DEVICES, predict, shorten
 from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance, share_won
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Cells, Figure, Floats, Ints, Names, label_cells
+from pipeline.measure.metrics import FEW, NO_LIMITS, NOTHING, Bools, Cells, Columns, Facts, Figure, Floats, Ints, Names
 from pipeline.measure.scores import Scored
 
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
@@ -58,11 +53,7 @@ class Within(NamedTuple):
 
 
 def add_belief(
-    evaluation: Evaluation,
-    images: Scored,
-    covariates: Mapping[str, Floats],
-    strata: Mapping[str, Names],
-    edge: Mapping[str, Floats] = MappingProxyType({}),
+    evaluation: Evaluation, images: Scored, covariates: Columns, strata: Facts, edge: Columns = NOTHING
 ) -> None:
     """Add what each label's AUROC rests on; labels with fewer than 10 patients in a class are left out.
 
@@ -71,11 +62,11 @@ def add_belief(
     Devices, whose wires cross the edge. A verdict's group is its mark, and its note the sentence.
     """
     names, level = evaluation.labels, evaluation.unit
-    for column, cells in enumerate(label_cells(names, *images[:4])):
+    for column, cells in enumerate(metrics.label_cells(names, *images[:4])):
         every = measure_within(cells)
         if every.few[0]:
             continue
-        name, _, truth, patient = cells
+        name, score, truth, patient = cells
         rows = images.mask[:, column]
         values = {key: covariate[rows] for key, covariate in covariates.items()}
         edges = {} if name == DEVICES else {key: value[rows] for key, value in edge.items()}
@@ -83,7 +74,11 @@ def add_belief(
         groups = {key: np.where(group == "", -1, code_groups(group)) for key, group in named.items()}
         groups |= {key: split_values(value, truth) for key, value in values.items()}
         groups |= find_confounder(names, images.take(rows), column)
-        groups |= predict_groups(list((values | edges).values()), cells)
+        if values or edges:
+            table, used = np.column_stack([*values.values(), *edges.values()]), np.ones(len(truth), bool)
+            owner, ranks = (np.unique(column, return_inverse=True)[1] for column in (patient, score))
+            groups[PROPENSITY] = split_values(predict(table, truth, used, owner), truth)
+            groups[PREDICTED] = split_values(predict(table, ranks / len(score), used, owner), truth)
         within = compare_within(cells, every, groups)
         for group, part in within.items():
             for metric, figure in part._asdict().items():
@@ -97,14 +92,14 @@ def add_belief(
             text += "" if inside.few[0] else f"; {shorten(figure['value'])} within {side}"
             counts = inside.count_cells()[0]
             evaluation.add(level, name, "auroc_within", group=f"projection={side}", **figure, **counts)
-        balanced = measure_balanced(cells.score, truth, patient, values)
+        balanced = measure_balanced(score, truth, patient, values)
         mark, verdict = judge(area, within, balanced)
         evaluation.add(level, name, "auroc_balanced", balanced.pop("auroc"), **balanced)
         evaluation.add(level, name, "verdict", group=mark, note=f"{text}: {verdict}.")
 
 
 def assess_belief(
-    names: Sequence[str], images: Scored, covariates: Mapping[str, Floats], strata: Mapping[str, Names]
+    names: Sequence[str], images: Scored, covariates: Columns, strata: Facts
 ) -> dict[str, dict[str, str]]:
     """The `mark` and the `verdict` of each label with a verdict, as from `add_belief`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
@@ -122,17 +117,6 @@ def split_values(value: Floats, truth: Bools) -> Ints:
     if len(levels) > count:
         edges = np.unique(np.quantile(value[known], np.arange(1, count) / count))
     return np.where(known, np.searchsorted(edges, value, "right"), -1)
-
-
-def predict_groups(covariates: Sequence[Floats], cells: Cells) -> dict[str, Ints]:
-    """Groups [n] of equal propensity, and of equal predicted score, given all covariates; empty without covariates."""
-    if not covariates:
-        return {}
-    table, codes = np.column_stack(covariates), np.unique(cells.patient, return_inverse=True)[1]
-    ranks = np.unique(cells.score, return_inverse=True)[1] / len(cells.score)
-    goals: dict[str, Bools | Floats] = {PROPENSITY: cells.truth, PREDICTED: ranks}
-    every = np.ones(len(codes), bool)
-    return {name: split_values(predict(table, goal, every, codes), cells.truth) for name, goal in goals.items()}
 
 
 def code_groups(group: Names) -> Ints:
@@ -172,41 +156,43 @@ def measure_within(cells: Cells, used: Bools | None = None, group: Ints | None =
     return measure_areas(cells.score[:, None], cells.truth[:, None].astype(float), mask[:, None], cells.patient, group)
 
 
-def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Mapping[str, Floats]) -> Figure:
+def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Columns) -> Figure:
     """AUROC of scores [n] under overlap weights, with limits, and the effective number of cells per class.
 
-    None without covariates; an AUROC of None, and cells of 0, if these separate the classes completely. The weights
-    are taken as fixed, so the limits ignore their uncertainty.
+    The weights, 1 - e for positives and e for negatives, e from a logistic regression on the covariates, make these the
+    same in both classes (Li, Morgan and Zaslavsky, Balancing covariates via propensity score weighting, JASA 113,
+    2018); exactly so without a penalty. The limits take them as fixed. All None without covariates; an AUROC of None,
+    and cells of 0, if these separate the classes completely.
     """
-    table = [column for value in covariates.values() for column in _standardize(value)]
     nothing = dict.fromkeys(("auroc", "low", "high", "positives", "negatives"))
-    if not table:
+    features: list[Floats] = []
+    for value in covariates.values():  # standardized ranks, 0 if unknown; and whether unknown, if any is
+        known = ~np.isnan(value)
+        ranks = np.unique(value[known], return_inverse=True)[1].astype(float)
+        if len(ranks) and ranks.std() > 0:
+            filled = np.zeros(len(value))
+            filled[known] = (ranks - ranks.mean()) / ranks.std()
+            features += [filled] if known.all() else [filled, (~known).astype(float)]
+    if not features:
         return nothing
     from sklearn.linear_model import LogisticRegression  # takes half a second
 
-    features = np.column_stack(table)
-    propensity = LogisticRegression(C=np.inf, max_iter=1000).fit(features, truth).predict_proba(features)[:, 1]
+    table = np.column_stack(features)
+    propensity = LogisticRegression(C=np.inf, max_iter=1000).fit(table, truth).predict_proba(table)[:, 1]
     weight = np.where(truth, 1 - propensity, propensity)
     sums = [float(weight[side].sum()) for side in (truth, ~truth)]
     if min(sums) < 0.5:  # in images: the classes do not overlap
         return nothing | {"positives": 0.0, "negatives": 0.0}
-    auroc, influence = weigh_pairs(score, truth, weight)
-    positives, negatives = (
-        total**2 / float((weight[side] ** 2).sum()) for total, side in zip(sums, (truth, ~truth), strict=True)
-    )
+    # Pairs count by the product of their weights.
+    share, totals = share_won(score, truth, weight), np.where(truth, *sums)
+    auroc = float((weight * share / totals)[truth].sum())
+    influence = weight * (share - auroc) / totals
+    cells = [total**2 / float((weight[side] ** 2).sum()) for total, side in zip(sums, (truth, ~truth), strict=True)]
     _, codes = np.unique(patient, return_inverse=True)
     independent, clustered = float((influence**2).sum()), float((np.bincount(codes, influence) ** 2).sum())
     design = max(1.0, clustered / independent) if independent > 0 else 1.0
-    low, high = score_limits(auroc, lambda theta: design * score_variance(theta, positives, negatives))
-    return {"auroc": auroc, "low": low, "high": high, "positives": positives, "negatives": negatives}
-
-
-def weigh_pairs(score: Floats, truth: Bools, weight: Floats) -> tuple[float, Floats]:
-    """The share of pairs, by the product of their weights, ranked correctly, ties half; and its influence [n]."""
-    share = share_won(score, truth, weight)
-    totals = np.where(truth, weight[truth].sum(), weight[~truth].sum())
-    auroc = float((weight * share / totals)[truth].sum())
-    return auroc, weight * (share - auroc) / totals
+    low, high = score_limits(auroc, lambda theta: design * score_variance(theta, *cells))
+    return dict(zip(nothing, (auroc, low, high, *cells), strict=True))
 
 
 def find_confounder(names: Sequence[str], images: Scored, column: int) -> dict[str, Ints]:
@@ -246,7 +232,7 @@ def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple
         groups = shown or partly
         worst = min(groups, key=lambda variable: groups[variable].auroc["value"])
         text = f"{shorten(groups[worst].auroc['value'])} among images of equal {worst}"
-        single = set(falls) - {PROPENSITY, PREDICTED}
+        single = [variable for variable in falls if variable not in (PROPENSITY, PREDICTED)]
         if worst not in single and single:  # which covariate the predictions rest on most
             first = min(single, key=lambda variable: falls[variable].auroc["value"])
             text = f"{text}, {shorten(falls[first].auroc['value'])} of equal {first}"
@@ -254,14 +240,3 @@ def judge(area: Figure, within: Mapping[str, Within], balanced: Figure) -> tuple
     if unclear:
         return "unclear", f"cannot tell: too few pairs within {', '.join(unclear)}"
     return "none", f"no shortcut found among {', '.join(within) or 'no covariates'}"
-
-
-def _standardize(value: Floats) -> list[Floats]:
-    """A covariate's standardized ranks, 0 if unknown; and an indicator of unknown values, if there are any."""
-    known = ~np.isnan(value)
-    ranks = np.unique(value[known], return_inverse=True)[1].astype(float)
-    if not len(ranks) or ranks.std() == 0:
-        return []
-    filled = np.zeros(len(value))
-    filled[known] = (ranks - ranks.mean()) / ranks.std()
-    return [filled] if known.all() else [filled, (~known).astype(float)]

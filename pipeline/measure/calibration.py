@@ -65,17 +65,15 @@ def choose_fit(score: Floats, truth: Bools, patient: Names) -> tuple[Fit | None,
     It does if, over five folds, the log-likelihood of held-out patients is higher with a fit to the others than
     without.
     """
-    _, codes = np.unique(patient, return_inverse=True)
-    logits = _logits(score)
-    fold = deal_folds(truth, codes)
-    gain = 0.0
+    fold = deal_folds(truth, np.unique(patient, return_inverse=True)[1])
+    logits, gain = _logits(score), 0.0
     for number in range(FOLDS):
         left, rest = fold == number, fold != number
         if truth[rest].all() or not truth[rest].any():
             return None, "one patient has all of a class: scores as they are"
-        fit = fit_logistic(logits[rest], truth[rest])
-        gain += _log_likelihood(logits[left], truth[left], fit)
-        gain -= _log_likelihood(logits[left], truth[left], Fit(1, 0))
+        for sign, fit in ((1, fit_logistic(logits[rest], truth[rest])), (-1, Fit(1, 0))):
+            signed = np.where(truth[left], 1, -1) * (fit.slope * logits[left] + fit.bias)
+            gain += sign * float(scipy.special.log_expit(signed).sum())
     fit = fit_logistic(logits, truth)
     if not SLOPES[0] <= fit.slope <= SLOPES[1]:
         return None, "the scores tell nothing or the contrary: scores as they are"
@@ -115,10 +113,7 @@ def fit_logistic(logits: Floats, truth: Bools) -> Fit:
 
 
 def apply_calibration(score: Floats, calibration: Calibration) -> Floats:
-    """The calibrated scores [n], float64; unchanged without a temperature.
-
-    `calibration` is one label's, from `fit_calibration`.
-    """
+    """The calibrated scores [n] of a label, float64; unchanged without a temperature."""
     fit = read_fit(calibration)
     return score.astype(np.float64) if fit is None else scipy.special.expit(_logits(score) * fit.slope + fit.bias)
 
@@ -150,17 +145,9 @@ def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[s
     apart = np.append(wide & (steps > 16), True)
     limits = np.append(scipy.special.expit((logits[:-1] + logits[1:]) / 2), 0.0)[apart]
     hits, alarms = curve.true_positives[apart], curve.false_positives[apart]
-    positives, negatives = hits[-1], alarms[-1]
-    places = (
-        np.argmax(hits / positives - alarms / negatives),
-        np.argmax(2 * hits / (hits + alarms + positives)),
-        np.argmax(hits / positives >= sensitivity),
-    )
-    return {rule: float(limits[place]) for rule, place in zip(RULES, places, strict=True)}
-
-
-def _log_likelihood(logits: Floats, truth: Bools, fit: Fit) -> float:
-    return float(scipy.special.log_expit(np.where(truth, 1, -1) * (fit.slope * logits + fit.bias)).sum())
+    reached, f1 = hits / hits[-1], 2 * hits / (hits + alarms + hits[-1])
+    best = (reached - alarms / alarms[-1], f1, reached >= sensitivity)
+    return {rule: float(limits[np.argmax(values)]) for rule, values in zip(RULES, best, strict=True)}
 
 
 def _logits(score: Floats) -> Floats:

@@ -21,7 +21,6 @@ from pipeline.policies import BEST_POLICY, RANGES, check_blank_policy, parse_unc
 
 # What to group by, and the name of the group of images for which it is unknown.
 NO_GROUP = {"view": "unknown", "sex": "Unknown", "age": "unknown", "projection": "none"}
-NO_FACT = "unknown"
 MOST_NUMBERS = 20  # distinct values, at most, of an integer fact to group by
 # `images`, `studies`, `patients`, and `labels`: figures by label; and requested sections, by name.
 Statistics = dict[str, Any]
@@ -33,7 +32,12 @@ def count_labels(table: pa.Table) -> Statistics:
 
     A label also has `not_annotated` images, if any label of the table does; the share is None if all are.
     """
-    labels = {label: _count_states(table[label]) for label in LABELS}
+    labels: Labels = {}
+    for label in LABELS:
+        counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(table[label]).to_pylist()}
+        states = {state: counts.get(value, 0) for state, value in STATES.items()}
+        share = round(states["positive"] / sum(states.values()), 4) if any(states.values()) else None
+        labels[label] = states | {"not_annotated": counts.get(NOT_ANNOTATED, 0), "share_positive": share}
     if not any(counts["not_annotated"] for counts in labels.values()):
         for counts in labels.values():
             del counts["not_annotated"]
@@ -43,16 +47,16 @@ def count_labels(table: pa.Table) -> Statistics:
 
 def count_groups(table: pa.Table, variable: str) -> Statistics:
     """Counts per view, sex, age band, projection or value of a fact: only groups with images, the unknown last."""
-    names = _group_names(table, variable)
-    last = NO_GROUP.get(variable, NO_FACT)
+    unknown = NO_GROUP.get(variable, "unknown")
+    if variable == "age":
+        names = pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
+    else:
+        names = pc.fill_null(table[variable].cast(pa.string()), unknown)
+    groups = pc.unique(names).to_pylist()
     numbers = pa.types.is_integer(table[variable].type) and variable != "age"
-    groups = sorted(
-        pc.unique(names).to_pylist(), key=lambda name: (name == last, int(name) if numbers and name != last else name)
-    )
-    return {
-        "variable": variable,
-        "groups": {name: count_labels(table.filter(pc.equal(names, name))) for name in groups},
-    }
+    groups.sort(key=lambda name: (name == unknown, int(name) if numbers and name != unknown else name))
+    counts = {name: count_labels(table.filter(pc.equal(names, name))) for name in groups}
+    return {"variable": variable, "groups": counts}
 
 
 def list_rows(report: Statistics) -> list[list[object]]:
@@ -69,11 +73,9 @@ def list_rows(report: Statistics) -> list[list[object]]:
 def list_variables(table: pa.Table) -> list[str]:
     """What to group images by: NO_GROUP, and facts (further columns) that are text or whole numbers of few values."""
     known = {"patient", "study", *NO_GROUP, *LABELS}
-    facts = [field for field in table.schema if field.name not in known]
+    facts = {field.name: field.type for field in table.schema if field.name not in known}
     few = (
-        fact.name
-        for fact in facts
-        if fact.type == pa.string() or pc.count_distinct(table[fact.name]).as_py() <= MOST_NUMBERS
+        name for name in facts if facts[name] == pa.string() or pc.count_distinct(table[name]).as_py() <= MOST_NUMBERS
     )
     return [*NO_GROUP, *few]
 
@@ -130,30 +132,15 @@ def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> S
     return {"blank": blank, "labels": targets}
 
 
-def _group_names(table: pa.Table, variable: str) -> pa.ChunkedArray | pa.Array:
-    """The group of each row."""
-    if variable != "age":
-        return pc.fill_null(table[variable].cast(pa.string()), NO_GROUP.get(variable, NO_FACT))
-    return pa.array(name_ages(pc.fill_null(table["age"], -1).to_numpy()))
-
-
-def _count_states(column: pa.ChunkedArray) -> Statistics:
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(column).to_pylist()}
-    states = {state: counts.get(value, 0) for state, value in STATES.items()}
-    annotated = sum(states.values())
-    share = round(states["positive"] / annotated, 4) if annotated else None
-    return states | {"not_annotated": counts.get(NOT_ANNOTATED, 0), "share_positive": share}
-
-
 def describe_views(table: pa.Table) -> str:
     """How many studies of a label table have which views, in words, most common first."""
     study = number_studies(table)
     by_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
     counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in by_view)
     common = Counter(zip(*counts, strict=True)).most_common()
-    return "studies: " + ", ".join(f"{count:,} with {_name_views(*views)}" for views, count in common)
-
-
-def _name_views(frontals: int, laterals: int, others: int) -> str:
-    named = ((frontals, "frontal"), (laterals, "lateral"), (others, "other view"))
-    return " and ".join(f"{count} {view}{'s' if count > 1 else ''}" for count, view in named if count)
+    texts = []
+    for views, count in common:
+        named = zip(views, ("frontal", "lateral", "other view"), strict=True)
+        names = " and ".join(f"{many} {view}{'s' if many > 1 else ''}" for many, view in named if many)
+        texts.append(f"{count:,} with {names}")
+    return f"studies: {', '.join(texts)}"

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from math import comb
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from pipeline.measure.belief import add_belief
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, average, combine, measure_areas, measure_precision, subtract, weigh_labels
 from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation
-from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Figure, Floats, Names, label_cells, measure_share
+from pipeline.measure.metrics import FEW, NO_LIMITS, NOTHING, Bools, Columns, Facts, Figure, Floats, Names, label_cells
 from pipeline.measure.scores import Scored as Scored
 from pipeline.measure.scores import study_level as study_level
 
@@ -45,9 +44,6 @@ MEMBERS = "mean of the members"
 ALTERED = "altered: "  # in front of the name of an alteration, as a scorer
 Settings = Mapping[str, Any]  # ready for JSON
 Fits = Mapping[str, Calibration]  # by label
-Facts = Mapping[str, Names]  # [N] by variable
-Others = Mapping[str, Floats]  # by the name of their source
-NOTHING: Settings = MappingProxyType({})
 
 
 class Beside(NamedTuple):
@@ -57,11 +53,11 @@ class Beside(NamedTuple):
     [N, L] of 1, 0 or NaN. `edge` are gray levels [N] outside the lungs.
     """
 
-    against: Others = NOTHING
-    readers: Others = NOTHING
-    members: Others = NOTHING
-    altered: Others = NOTHING
-    edge: Others = NOTHING
+    against: Columns = NOTHING
+    readers: Columns = NOTHING
+    members: Columns = NOTHING
+    altered: Columns = NOTHING
+    edge: Columns = NOTHING
 
 
 NONE = Beside()
@@ -205,7 +201,7 @@ def add_groups(evaluation: Evaluation, images: Scored, fits: Fits, more: Facts =
                 called, owner = score[positive] >= (threshold or 0), patient[positive]
                 auroc = combine(areas, weigh_labels(names, [label]))
                 evaluation.add(level, label, "auroc", group=group, **auroc, **counts)
-                evaluation.add(level, label, "tpr", group=group, **measure_share(called, owner), **counts)
+                evaluation.add(level, label, "tpr", group=group, **metrics.measure_share(called, owner), **counts)
                 enough = len(np.unique(owner)) >= FEW
                 calls.setdefault((variable, label), []).extend([(called, owner)] if enough else [])
         _add_macros(evaluation, measured)
@@ -214,7 +210,7 @@ def add_groups(evaluation: Evaluation, images: Scored, fits: Fits, more: Facts =
                 evaluation.add(level, None, "images", count, f"{variable}={name}", note="in no group")
     pairs = sum(comb(len(groups), 2) for groups in calls.values())
     for (variable, label), groups in calls.items():
-        rates = [measure_share(*group, LEVEL / max(pairs, 1)) for group in groups]
+        rates = [metrics.measure_share(*group, LEVEL / max(pairs, 1)) for group in groups]
         rates.sort(key=lambda rate: [*rate.values()])
         # The limits assume that no patient is in two groups.
         gap = NO_LIMITS if len(rates) < 2 else metrics.subtract_independent(rates[-1], rates[0])
@@ -298,7 +294,7 @@ def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str,
 
 
 def add_comparisons(
-    evaluation: Evaluation, level: str, rows: Scored, others: Others, mean: str = "", names: Sequence[str] = ()
+    evaluation: Evaluation, level: str, rows: Scored, others: Columns, mean: str = "", names: Sequence[str] = ()
 ) -> None:
     """Add AUROC and AUPRC of other scores [N, L] of the same rows, and ours minus them, for findings and means.
 
@@ -356,7 +352,7 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
         evaluation.add(level, label, "auroc_difference", group=OWN, **difference, few=few, note=note)
 
 
-def add_readers(evaluation: Evaluation, studies: Scored, readers: Others) -> None:
+def add_readers(evaluation: Evaluation, studies: Scored, readers: Columns) -> None:
     """Add each reader's rates, from calls [S, L] of 1, 0 or NaN (not read). All figures are of the studies read.
 
     `network` is the sensitivity of the network's ROC curve, linear between its points, at the reader's specificity,

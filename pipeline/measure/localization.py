@@ -5,7 +5,7 @@ map's values of at least `THRESHOLD` with the boxes. The boxes' share of the ima
 point hits, and also the IoU of marking everything.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from pipeline.measure.metrics import FEW, NO_LIMITS, Bools, Floats, Names, mean_
 THRESHOLD = 0.5
 OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # CheXlocalize's
 # Readers' marks by key and label: boxes (left, top, width, height), or a mask [H, W] of the original image.
-Marks = Mapping[str, Mapping[str, list[tuple[float, ...]] | Bools]]
-_NUMBER = r"^-?\d+(\.\d+)?$"
+Mark = list[tuple[float, ...]] | Bools
+Marks = Mapping[str, Mapping[str, Mark]]
 
 
 class Cell(NamedTuple):
@@ -37,27 +37,25 @@ class Cell(NamedTuple):
 
 def read_marks(path: Path) -> Marks:
     """Readers' marks, from boxes.csv or CheXlocalize's gt_segmentations JSON. Raises DataError with the location."""
+    marks: dict[str, dict[str, Any]] = {}
     if path.suffix.lower() == ".json":
-        return {key: _read_masks(path, key, rles) for key, rles in read_object(path).items()}
+        for key, rles in read_object(path).items():
+            try:
+                masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in rles.items()}
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
+            marks[key] = {label: mask for label, mask in masks.items() if mask.any()}
+        return marks
     if not path.name.lower().endswith((".csv", ".csv.gz")):
         raise DataError(f"{path}: boxes are read from .csv, segmentations from .json; a pickle would run code")
     names = ("key", "label", "x", "y", "w", "h")
     table = read_strings(path, names)
     for name in names[2:]:
-        demand(path, name, table[name], pc.match_substring_regex(table[name], _NUMBER), "is not a number")
-    boxes: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+        number = pc.match_substring_regex(table[name], r"^-?\d+(\.\d+)?$")
+        demand(path, name, table[name], number, "is not a number")
     for key, label, *box in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        boxes.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(tuple(map(float, box)))
-    return boxes
-
-
-def _read_masks(path: Path, key: str, rles: Any) -> dict[str, Any]:
-    """The non-empty masks of an image."""
-    try:
-        masks = {_check_label(path, name): decode_rle(rle["size"], rle["counts"]) for name, rle in rles.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}, {quote(key, 80)}: damaged: {quote(str(error), 80)}") from None
-    return {label: mask for label, mask in masks.items() if mask.any()}
+        marks.setdefault(str(key), {}).setdefault(_check_label(path, label), []).append(tuple(map(float, box)))
+    return marks
 
 
 def _check_label(path: Path, name: object) -> str:
@@ -67,53 +65,27 @@ def _check_label(path: Path, name: object) -> str:
     return label
 
 
-def mark_image(
-    mark: list[tuple[float, ...]] | Bools, row: Mapping[str, Any], square: str, shape: tuple[int, int]
-) -> Bools:
-    """Readers' marks on the image of a label table's row, as a mask of the network's input [H, W].
+def mark_image(mark: Mark, row: Mapping[str, Any], square: str, shape: tuple[int, int]) -> Bools:
+    """Which pixels [H, W] of a network's input have their center in readers' marks on the image of a label table's row.
 
-    `square` is as in `frame_of`. Raises DataError for boxes on an image of unknown size.
+    `square` is how the image was stored (`ImageOptions`): a padded one shows more than the original, whose pixels the
+    marks are in. Raises DataError for boxes on an image of unknown size.
     """
-    if isinstance(mark, np.ndarray):
-        # The mask has the original image's size; the shards may hold a smaller copy.
-        return mark_mask(mark, frame_of(square, mark.shape[1], mark.shape[0]), shape)
-    if row.get("width") is None or row.get("height") is None:
-        raise DataError(
-            f"{row['key']}: these shards do not record the image's original size; "
-            "write them again with `pipeline shards`"
-        )
-    return mark_boxes(mark, frame_of(square, row["width"], row["height"]), shape)
-
-
-def frame_of(square: str, width: float, height: float) -> tuple[float, float, float, float]:
-    """Left, top, width and height, in pixels of the original image, of the area that a stored image shows.
-
-    `square` is how it was stored (`ImageOptions`): a padded image shows more than the original.
-    """
+    # A mask has the original image's size; the shards may hold a smaller copy.
+    height, width = mark.shape if isinstance(mark, np.ndarray) else (row.get("height"), row.get("width"))
+    if width is None or height is None:
+        how = "write them again with `pipeline shards`"
+        raise DataError(f"{row['key']}: these shards do not record the image's original size; {how}")
     side = {"pad": max(width, height), "crop": min(width, height)}.get(square)
-    if side is None:
-        return 0.0, 0.0, width, height
-    return (width - side) / 2, (height - side) / 2, side, side
-
-
-def mark_boxes(boxes: Iterable[Sequence[float]], frame: Sequence[float], shape: tuple[int, int]) -> Bools:
-    """Which pixels [H, W] of a network's input have their center in a box (left, top, width, height).
-
-    The boxes are in pixels of the original image, of which the input shows `frame`.
-    """
-    x, y = _centers(frame, shape)
+    sides = zip((height, width), (side or height, side or width), shape, strict=True)
+    y, x = ((full - shown) / 2 + shown * ((np.arange(count) + 0.5) / count) for full, shown, count in sides)
     marked = np.zeros(shape, bool)
-    for left, top, width, height in boxes:
-        marked |= ((y >= top) & (y < top + height))[:, None] & (x >= left) & (x < left + width)
-    return marked
-
-
-def mark_mask(mask: Bools, frame: Sequence[float], shape: tuple[int, int]) -> Bools:
-    """Which pixels [H, W] of a network's input have their center in a mask of the original image."""
-    x, y = (np.floor(centers).astype(int) for centers in _centers(frame, shape))
-    inside_y, inside_x = (y >= 0) & (y < mask.shape[0]), (x >= 0) & (x < mask.shape[1])
-    marked = np.zeros(shape, bool)
-    marked[np.ix_(inside_y, inside_x)] = mask[np.ix_(y[inside_y], x[inside_x])]
+    if isinstance(mark, np.ndarray):
+        rows, columns = (y >= 0) & (y < height), (x >= 0) & (x < width)
+        marked[np.ix_(rows, columns)] = mark[np.ix_(y[rows].astype(int), x[columns].astype(int))]
+        return marked
+    for left, top, across, down in mark:
+        marked |= ((y >= top) & (y < top + down))[:, None] & (x >= left) & (x < left + across)
     return marked
 
 
@@ -149,21 +121,23 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     With `few` patients, fewer than 10, IoU has no interval, since it would be too narrow. `fixed` is the
     hit rate of a map that does not depend on the image: the mean of the label's maps of other patients.
     """
-    hit = np.array([cell.heat.max() > 0 and _top(cell.heat, cell.marked) for cell in cells], bool)
+    hit = np.array([cell.heat.max() > 0 and cell.marked.flat[cell.heat.argmax()] for cell in cells], bool)
     sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of a label and patient
     for cell in cells:
         for group in ((cell.label,), (cell.label, cell.patient)):
             sums[group] = sums.get(group, 0) + cell.heat.astype(float)
-    others = (sums[cell.label,] - sums[cell.label, cell.patient] for cell in cells)
-    fixed = np.array([heat.max() > 1e-6 and _top(heat, cell.marked) for heat, cell in zip(others, cells, strict=True)])
-    iou = np.array([_iou(cell.heat >= THRESHOLD, cell.marked) for cell in cells])
+    others = [(sums[cell.label,] - sums[cell.label, cell.patient], cell.marked) for cell in cells]
+    fixed = np.array([heat.max() > 1e-6 and marked.flat[heat.argmax()] for heat, marked in others], bool)
+    called = [(cell.heat >= THRESHOLD, cell.marked) for cell in cells]
+    iou = np.array([(heat & marked).sum() / max((heat | marked).sum(), 1) for heat, marked in called])
     share = np.array([cell.marked.mean() for cell in cells])
     label, patient = (np.array([getattr(cell, name) for cell in cells]) for name in ("label", "patient"))
     labels = {}
     for name in (*dict.fromkeys(label.tolist()), "all"):
         rows = (label == name) | (name == "all")
         patients = len(np.unique(patient[rows]))
-        limits = mean_limits(iou[rows], patient[rows])
+        mean = mean_limits(iou[rows], patient[rows])
+        limits = NO_LIMITS if patients < FEW else {"low": max(mean["low"], 0), "high": min(mean["high"], 1)}
         labels[name] = {
             "cells": int(rows.sum()),
             "patients": patients,
@@ -174,10 +148,8 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
             "chance": float(share[rows].mean()),
             "p": exceedance(share[rows], patient[rows], int(hit[rows].sum())),
             "fixed": float(fixed[rows].mean()),
-            "iou": limits["value"],
-            "iou_limits": NO_LIMITS
-            if patients < FEW
-            else {"low": max(limits["low"], 0), "high": min(limits["high"], 1)},
+            "iou": mean["value"],
+            "iou_limits": limits,
         }
     return {"threshold": THRESHOLD, "labels": labels}
 
@@ -193,17 +165,3 @@ def exceedance(chances: Floats, owner: Names, hits: int) -> float:
         at_least = np.sort(chances[owner == name])[::-1]  # the chance of 1, 2, … hits
         distribution = np.convolve(distribution, -np.diff([1.0, *at_least, 0.0]))
     return float(min(1.0, distribution[hits:].sum()))
-
-
-def _centers(frame: Sequence[float], shape: tuple[int, int]) -> tuple[Floats, Floats]:
-    """The positions on the original image of the centers of an input's columns and rows."""
-    down, right = ((np.arange(side) + 0.5) / side for side in shape)
-    return frame[0] + frame[2] * right, frame[1] + frame[3] * down
-
-
-def _top(heat: Floats, marked: Bools) -> bool:
-    return bool(marked.flat[int(heat.argmax())])
-
-
-def _iou(predicted: Bools, marked: Bools) -> float:
-    return float((predicted & marked).sum() / max((predicted | marked).sum(), 1))

@@ -4,7 +4,8 @@ A label with one class has no AUROC and no AUPRC: both are None and the label is
 part of a mean. Everything is float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,10 @@ Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.integer[Any]]
 Names = npt.NDArray[Any]  # [N] of patients, studies or groups
+Columns = Mapping[str, Floats]  # [N] or [N, L], by the name of their source
+Facts = Mapping[str, Names]  # [N] by variable
 Figure = dict[str, Any]  # of an evaluation's row, numbers or None
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 # The five labels of the CheXpert competition (Irvin et al., 2019).
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")

@@ -25,8 +25,8 @@ from pipeline.labels import LABELS, find_label
 from pipeline.measure.metrics import Bools, Floats, Ints, Names
 
 KEYS = ("key", "path", "file", "filename", "image index", "image", "image id", "dicom id", "dicom")
-STUDY = r"([^/]+)/study0*(\d+)(?:/[^/]*)?/?$"
 FACTS = ("patient", "study")
+NOT_SCORES = "damaged, or not a file of scores"
 
 
 class Scored(NamedTuple):
@@ -100,30 +100,26 @@ class Scores(NamedTuple):
         `note` is called with what is left over on either side. Raises DataError if nothing is joined, if a name occurs
         twice in any spelling, and if names are of images of several sets.
         """
-        if self.unit == "image":
-            table_names, unit = table["key"].combine_chunks(), "images"
-        else:
-            parts = (table["patient"].cast(pa.string()), table["study"].cast(pa.string()))
-            table_names, unit = pc.binary_join_element_wise(*parts, "/study").combine_chunks(), "studies"
+        names, unit = table["key"].combine_chunks(), "images"
+        if self.unit == "study":
+            parts = table["patient"].cast(pa.string()), table["study"].cast(pa.string())
+            names, unit = pc.binary_join_element_wise(*parts, "/study").combine_chunks(), "studies"
         # A run's own file has the keys of its shards, which may contain the same file name in two folders.
-        same = pc.all(pc.is_in(table_names, value_set=self.names)).as_py()
+        same = pc.all(pc.is_in(names, value_set=self.names)).as_py()
         normalize = pc.utf8_trim_whitespace if same else normalize_names
-        keys = normalize(self.names)
-        numbers = keys.dictionary_encode().indices.to_numpy(zero_copy_only=False)
+        numbers = normalize(self.names).dictionary_encode().indices.to_numpy(zero_copy_only=False)
         _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
         if (counts > 1).any():
             places = np.flatnonzero(numbers == numbers[first[counts > 1].min()])[:2].tolist()
             lines = " and ".join(name_row(self.path, place).removeprefix(f"{self.path}, ") for place in places)
             raise DataError(f"{self.path}: {lines} are both of {quote(self.names[places[0]].as_py(), 80)}")
         rows = pa.table({"row": pa.array(range(len(self.names)))})
-        place = join(table_names, self.path, rows, self.names, unit, note, normalize)
+        place = join(names, self.path, rows, self.names, unit, note, normalize)
         aligned: Ints = pc.fill_null(place, -1).to_numpy(zero_copy_only=False)
         patients = table["patient"].to_numpy()[aligned >= 0].tolist()
         if not same and len(sets := {patient.rpartition("/")[0] for patient in patients}) > 1:
-            named = " and of ".join(sorted(sets))
-            raise DataError(
-                f"{self.path}: its rows have names of {named}: choose the set that was read, by `where` set=…"
-            )
+            mixed = f"its rows have names of {' and of '.join(sorted(sets))}"
+            raise DataError(f"{self.path}: {mixed}: choose the set that was read, by `where` set=…")
         return aligned
 
     def take(self, rows: Ints, names: Sequence[str]) -> Floats:
@@ -174,7 +170,18 @@ def open_scores(
     `logits` become probabilities; `calls` are a reader's: 1, 0 or blank. Raises DataError, naming line and column, for
     a file without a key or a label, and a cell that is not a score.
     """
-    table = _read_table(path)
+    if path.suffix.lower() not in ARROW:
+        table = read_strings(path)
+    else:
+        try:
+            if path.suffix.lower() == ".parquet":
+                from pyarrow import parquet
+
+                table = parquet.read_table(path)
+            else:
+                table = read_arrow(path, path.read_bytes())
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DataError(f"{path}: {NOT_SCORES}: {quote(str(error), 200)}") from error
     if columns:
         demand_columns(path, table.column_names, list(columns.values()))
         renamed = {column: name for name, column in columns.items()}
@@ -184,31 +191,16 @@ def open_scores(
     demand_columns(path, list(chosen.values()), list(dict.fromkeys(chosen.values())))
     names, unit = _find_names(path, table)
     if not chosen:
-        present, example = ", ".join(table.column_names), f"Edema={table.column_names[-1]}"
-        raise DataError(
-            f"{path}: no column is named by a label; it has {quote(present, 300)}; map them: `columns` {example}"
-        )
+        present = quote(", ".join(table.column_names), 300)
+        how = f"map them: `columns` Edema={table.column_names[-1]}"
+        raise DataError(f"{path}: no column is named by a label; it has {present}; {how}")
     if not table.num_rows:
         raise DataError(f"{path}: no rows")
-    read = [_read_column(path, name, table[name].combine_chunks(), logits, calls) for name in chosen]
-    order = np.argsort([LABELS.index(label) for label in chosen.values()])
-    labels = tuple(list(chosen.values())[place] for place in order)
-    return Scores(path, labels, np.column_stack([read[place] for place in order]), names, unit)
-
-
-def _read_table(path: Path) -> pa.Table:
-    """The file's columns; those of a CSV as text."""
-    suffix = path.suffix.lower()
-    if suffix not in ARROW:
-        return read_strings(path)
-    try:
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_table(path)
-        return read_arrow(path, path.read_bytes())
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path}: damaged, or not a file of scores: {quote(str(error), 200)}") from error
+    read = {
+        label: _read_column(path, name, table[name].combine_chunks(), logits, calls) for name, label in chosen.items()
+    }
+    labels = tuple(label for label in LABELS if label in read)
+    return Scores(path, labels, np.column_stack([read[label] for label in labels]), names, unit)
 
 
 def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
@@ -218,19 +210,18 @@ def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
     try:
         known = {name: table[plain[name]].combine_chunks().cast(pa.string()) for name in (key, *FACTS) if name in plain}
     except pa.ArrowException as error:
-        raise DataError(f"{path}: damaged, or not a file of scores: {quote(str(error), 200)}") from error
+        raise DataError(f"{path}: {NOT_SCORES}: {quote(str(error), 200)}") from error
     if key == "study" and known.keys() == set(FACTS):
         numbers = pc.replace_substring_regex(known["study"], r"^study", "")
         names, is_study = pc.binary_join_element_wise(known["patient"], numbers, "/study"), True
     elif key in known:
         names = known[key]
         has_views = key != "study" and pc.any(pc.match_substring_regex(names, r"/view[^/]+$")).as_py()
-        is_study = pc.all(pc.match_substring_regex(names, STUDY)).as_py() and not has_views
+        is_path = pc.match_substring_regex(names, r"([^/]+)/study0*(\d+)(?:/[^/]*)?/?$")
+        is_study = pc.all(is_path).as_py() and not has_views
     if names is None or (key == "study" and not is_study):
-        raise DataError(
-            f"{path}: no column says whose row it is: {', '.join(KEYS[:5])}, or patient and study; "
-            "map one: `columns` key=NAME"
-        )
+        known_keys = f"{', '.join(KEYS[:5])}, or patient and study"
+        raise DataError(f"{path}: no column says whose row it is: {known_keys}; map one: `columns` key=NAME")
     row = pc.index(pc.or_kleene(names.is_null(), pc.equal(names, "")), True).as_py()
     if row >= 0:
         raise DataError(f"{name_row(path, row)}, column {plain[key]}: blank, so nothing says whose row it is")
@@ -240,8 +231,8 @@ def _find_names(path: Path, table: pa.Table) -> tuple[pa.Array, str]:
 def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: bool) -> Floats:
     """A column's scores [M]. Raises DataError for the first invalid one."""
     texts = column.cast(pa.string())
-    number = pc.match_substring_regex(texts, r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
     if not pa.types.is_floating(column.type):
+        number = pc.match_substring_regex(texts, r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
         column = pc.if_else(pc.fill_null(number, False), pc.utf8_trim_whitespace(texts), None)
     values: Floats = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy(zero_copy_only=False)
     if calls:
@@ -249,8 +240,7 @@ def _read_column(path: Path, name: str, column: pa.Array, logits: bool, calls: b
         demand(path, name, texts, valid, "is not a reader's call: 1, 0 or blank")
         return values
     demand(path, name, texts, pa.array(np.isfinite(values)), "is not a score")
-    if logits:
-        values = scipy.special.expit(values)
+    values = scipy.special.expit(values) if logits else values
     hint = "" if logits else "; give `logits` if these are logits"
     demand(path, name, texts, pa.array((values >= 0) & (values <= 1)), f"is not in [0, 1]{hint}")
     return values
@@ -271,9 +261,6 @@ def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABEL
     demand_columns(path, scores.labels, labels)
     rows = pc.index_in(keys.cast(pa.string()), value_set=scores.names)
     if rows.null_count:
-        example = keys.filter(rows.is_null())[0]
-        raise DataError(
-            f"{path}: no scores of {rows.null_count:,} of {len(keys):,} images, such as {example}; "
-            "they are of other shards, or of other images of these"
-        )
+        count = f"{rows.null_count:,} of {len(keys):,} images, such as {keys.filter(rows.is_null())[0]}"
+        raise DataError(f"{path}: no scores of {count}; they are of other shards, or of other images of these")
     return scores.take(rows.to_numpy(), labels)

@@ -7,15 +7,7 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pipeline.measure.belief import (
-    Within,
-    add_belief,
-    assess_belief,
-    judge,
-    measure_balanced,
-    split_values,
-    weigh_pairs,
-)
+from pipeline.measure.belief import Within, add_belief, assess_belief, judge, measure_balanced, split_values
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
 
@@ -58,11 +50,11 @@ def test_unlike_projections_are_measured_apart() -> None:
 
 
 def test_weights_of_pairs_are_scikit_learns() -> None:
-    truth, _, score = draw(2)
-    weight = np.random.default_rng(3).random(len(truth))
-    auroc, influence = weigh_pairs(score.round(1), truth == 1, weight)
-    assert auroc == pytest.approx(roc_auc_score(truth, score.round(1), sample_weight=weight))
-    assert influence.sum() == pytest.approx(0)
+    truth, cue, score = draw(2, shortcut=0.5)
+    chance = np.where(cue == 1, *(truth[cue == state].mean() for state in (1, 0)))  # as a regression on cue has it
+    balanced = measure_balanced(score.round(1), truth == 1, np.arange(len(truth)), {"cue": cue})
+    weight = np.where(truth == 1, 1 - chance, chance)
+    assert balanced["auroc"] == pytest.approx(roc_auc_score(truth, score.round(1), sample_weight=weight), abs=1e-5)
 
 
 def test_balancing_takes_away_what_a_covariate_tells() -> None:

@@ -3,15 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.measure.localization import (
-    Cell,
-    decode_rle,
-    exceedance,
-    frame_of,
-    mark_boxes,
-    mark_mask,
-    measure_localization,
-)
+from pipeline.measure.localization import Cell, Mark, decode_rle, exceedance, mark_image, measure_localization
 
 
 def test_run_lengths_are_read_as_numbers_and_as_coco_s_text() -> None:
@@ -31,15 +23,19 @@ def test_run_lengths_are_read_as_numbers_and_as_coco_s_text() -> None:
 
 
 def test_boxes_and_masks_are_placed_on_the_input() -> None:
-    frame = frame_of("stretch", 40, 20)
-    found = mark_boxes([(20, 0, 20, 10)], frame, (4, 4))
-    assert np.argwhere(found).tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
-    mask = np.zeros((20, 40), bool)
+    row, mask = {"width": 40, "height": 20}, np.zeros((20, 40), bool)
     mask[:10, 20:] = True
-    np.testing.assert_array_equal(mark_mask(mask, frame, (4, 4)), found)
-    assert frame_of("pad", 40, 20) == (0, -10, 40, 40)
-    assert frame_of("crop", 40, 20) == (10, 0, 20, 20)
-    assert np.argwhere(mark_mask(mask, frame_of("pad", 40, 20), (4, 2))).tolist() == [[1, 1]]
+    marks: list[Mark] = [[(20, 0, 20, 10)], mask]
+    for square, shape, cells in (
+        ("stretch", (4, 4), [[0, 2], [0, 3], [1, 2], [1, 3]]),
+        ("pad", (4, 2), [[1, 1]]),  # 10 rows above and below
+        ("crop", (4, 4), [[0, 2], [0, 3], [1, 2], [1, 3]]),
+    ):
+        for mark in marks:
+            assert np.argwhere(mark_image(mark, row, square, shape)).tolist() == cells
+    assert np.argwhere(mark_image([(12, 0, 5, 20)], row, "crop", (1, 4))).tolist() == [
+        [0, 0]
+    ]  # its columns are 10 to 30
 
 
 def test_hits_iou_and_chance() -> None:
