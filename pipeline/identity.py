@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,6 +24,7 @@ _NUMBER = r"^\s*(?i:patient|subject|study|pat|sub|id|p|s)?[_-]?0*(\d+)(?:\.0+)?\
 _CODE = r"^\s*([A-Za-z]+[_-]?)0+(\d+)\s*$"
 
 Side = TypeVar("Side")
+Names = pa.Array | pa.ChunkedArray
 Normalize = Callable[[pa.Array], pa.Array]
 Note = Callable[[str], None]  # takes a sentence about rows that a join did not match
 
@@ -33,16 +33,16 @@ def ignore(text: str) -> None:
     """Ignore notes."""
 
 
-def normalize_ids(names: pa.Array | pa.ChunkedArray) -> pa.Array:
+def normalize_ids(names: Names) -> pa.Array:
     """Ids [N] as they are compared: numbers without letters that mean `patient` or `study`, zeros, and `.0` around.
 
-    Other letters in front of a number stay (`MRN007` is MRN7), and so do all other ids.
+    Other letters in front of a number stay: `MRN007` is MRN7.
     """
     numbers = pc.replace_substring_regex(_flatten(names.cast(pa.string())), _NUMBER, r"\1")
     return pc.replace_substring_regex(numbers, _CODE, r"\1\2")
 
 
-def normalize_paths(paths: pa.Array | pa.ChunkedArray, parts: int = 1) -> pa.Array:
+def normalize_paths(paths: Names, parts: int = 1) -> pa.Array:
     """The last parts of image paths [N] without suffix: leading folders and the format do not identify an image."""
     slashed = pc.replace_substring(pc.utf8_trim_whitespace(_flatten(paths)), "\\", "/")
     bare = pc.replace_substring_regex(slashed, IMAGE_SUFFIX, "")
@@ -56,14 +56,14 @@ def choose_paths(names: pa.Array) -> Normalize:
     return partial(normalize_paths, parts=next(counts, 10))
 
 
-def normalize_studies(names: pa.Array | pa.ChunkedArray) -> pa.Array:
+def normalize_studies(names: Names) -> pa.Array:
     """`…/PATIENT/STUDY` [N] as normalized ids, `7/1`."""
     parts = pc.split_pattern(normalize_paths(names, 2), "/")
     ids = normalize_ids(pc.list_flatten(parts))
     return pc.binary_join(pa.ListArray.from_arrays(parts.offsets, ids, mask=parts.is_null()), "/")
 
 
-def name_patients(patients: pa.Array | pa.ChunkedArray, namespace: str) -> pa.Array:
+def name_patients(patients: Names, namespace: str) -> pa.Array:
     """`namespace/id` of each patient [N]."""
     spaces: str | pa.Array = namespace
     if namespace == NAMED:
@@ -72,7 +72,7 @@ def name_patients(patients: pa.Array | pa.ChunkedArray, namespace: str) -> pa.Ar
     return pc.binary_join_element_wise(spaces, normalize_ids(patients), "/")
 
 
-def _flatten(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+def _flatten(column: Names) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
@@ -115,14 +115,11 @@ def spell_alike(tables: Mapping[Side, pa.Table], namespace: str = "") -> dict[Si
     if len(ids.unique()) == len(distinct):
         return dict(tables)
     first = distinct.take(pc.index_in(ids, value_set=ids))
-    return {
-        split: table.set_column(
-            table.schema.get_field_index("patient"),
-            "patient",
-            first.take(pc.index_in(table["patient"].combine_chunks(), value_set=distinct)),
-        )
-        for split, table in tables.items()
-    }
+    alike = dict(tables)
+    for side, table in tables.items():
+        patients = first.take(pc.index_in(table["patient"].combine_chunks(), value_set=distinct))
+        alike[side] = table.set_column(table.schema.get_field_index("patient"), "patient", patients)
+    return alike
 
 
 def find_shared(sides: Mapping[Side, Ids]) -> Iterator[tuple[Side, Side, list[str]]]:
@@ -136,13 +133,7 @@ def find_shared(sides: Mapping[Side, Ids]) -> Iterator[tuple[Side, Side, list[st
 
 
 def join(
-    names: pa.Array | pa.ChunkedArray,
-    path: Path,
-    rows: pa.Table,
-    row_names: pa.Array | pa.ChunkedArray,
-    unit: str,
-    note: Note,
-    normalize: Normalize = normalize_ids,
+    names: Names, path: Path, rows: pa.Table, row_names: Names, unit: str, note: Note, by: Normalize = normalize_ids
 ) -> pa.Array:
     """The row [N] of a file's table, whose rows are called `row_names`, for each of the names [N]; null without one.
 
@@ -150,16 +141,25 @@ def join(
     DataError if nothing matches, if a row with content has no name, and for two different rows of one name.
     """
     names, row_names = _flatten(names), _flatten(row_names)
-    keys, row_keys = normalize(names), normalize(row_names)
-    _refuse_unlike(path, rows, row_names, row_keys)
+    keys, row_keys = by(names), by(row_names)
+    row = pc.index(row_keys.is_null(), True).as_py()
+    if row >= 0 and any(column[row].is_valid for column in rows.columns):
+        raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
+    first = pc.index_in(row_keys, value_set=row_keys)  # the first row of the same name
+    for name, column in zip(rows.column_names, rows.columns, strict=True):
+        cells = pc.fill_null(column.cast(pa.string()).combine_chunks(), "")
+        row = pc.index(pc.equal(cells, cells.take(first)), False).as_py()
+        if row >= 0 and row_keys[row].is_valid:
+            pair = (first[row].as_py(), row)
+            lines = " and ".join(str(line_of(path, number)) for number in pair)
+            values = " and ".join(f"'{quote(cells[number].as_py(), 80)}'" for number in pair)
+            raise DataError(f"{path}, lines {lines}, column {name}: {values} for {_quote(row_names[row:])}")
     place = pc.index_in(keys, value_set=row_keys)
     alone = names.filter(place.is_null()).unique()
     total = len(names.unique())
     if total and len(alone) == total:
-        raise DataError(
-            f"{path}: no row of these {total:,} {unit}: its first is '{_quote(row_names)}', the data set's "
-            f"'{_quote(names)}'"
-        )
+        ours = f"the data set's '{_quote(names)}'"
+        raise DataError(f"{path}: no row of these {total:,} {unit}: its first is '{_quote(row_names)}', {ours}")
     unused = row_names.filter(pc.invert(pc.is_in(row_keys, value_set=keys))).drop_null().unique()
     if len(alone):
         note(f"{path.name}: {len(alone):,} of {total:,} {unit} have no row, such as {_quote(alone)}")
@@ -170,22 +170,3 @@ def join(
 
 def _quote(names: pa.Array) -> str:
     return quote(str(names[0]), 80) if len(names) else ""
-
-
-def _refuse_unlike(path: Path, rows: pa.Table, names: pa.Array, keys: pa.Array) -> None:
-    row = pc.index(keys.is_null(), True).as_py()
-    if row >= 0 and any(column[row].is_valid for column in rows.columns):
-        raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
-    if len(keys.unique()) == len(keys):
-        return
-    codes = keys.dictionary_encode("encode").indices.to_numpy()
-    first: npt.NDArray[np.int64] = np.unique(codes, return_index=True)[1][codes]
-    for name, column in zip(rows.column_names, rows.columns, strict=True):
-        cells = pc.fill_null(column.cast(pa.string()).combine_chunks(), "")
-        row = pc.index(pc.equal(cells, cells.take(pa.array(first))), False).as_py()
-        if row >= 0 and keys[row].is_valid:
-            values = [quote(cells[number].as_py(), 80) for number in (int(first[row]), row)]
-            lines = " and ".join(str(line_of(path, number)) for number in (int(first[row]), row))
-            raise DataError(
-                f"{path}, lines {lines}, column {name}: '{values[0]}' and '{values[1]}' for {_quote(names[row:])}"
-            )

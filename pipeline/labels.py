@@ -1,18 +1,14 @@
 """The labels, views and patients of a label table, which `pipeline.sources` reads from a dataset.
 
 An Arrow table with one row per image:
-    path        string   as in the CSV, <folders>/<patient>/<study>/<view file>: never absolute, no `..`
-    key         string   `patient00001_study1_view1_frontal`, unique
-    patient     string   `patient00001`
-    study       int32    number of the study within the patient
-    view        string   `frontal` or `lateral` (by the column Frontal/Lateral, never AP/PA); `other` in some sets
-    sex         string   as in the CSV: Female, Male, Unknown
-    age         int16    years
-    projection  string   AP, PA, LL, RL; null on laterals
-    <14 labels> int8     1 positive, 0 negative, -1 uncertain, null blank (not mentioned), -2 not annotated
-
-The raw states are kept everywhere: `policies` turns them into targets only when labels are read for training. Not
-annotated means that nobody looked for the finding, so every policy masks the cell.
+    path             string  <folders>/<patient>/<study>/<view file>: never absolute, no `..`
+    key, patient     string  `patient00001_study1_view1_frontal`, unique; `patient00001`
+    study            int32   number of the study within the patient
+    view             string  `frontal` or `lateral` (by the column Frontal/Lateral, never AP/PA); `other` in some sets
+    sex, age         string, int16 (years)
+    projection       string  AP, PA, LL, RL; null on laterals
+    <14 labels>      int8    1 positive, 0 negative, -1 uncertain, null blank (not mentioned), -2 not annotated: nobody
+                             looked for it; `policies` turns these raw states into targets
 """
 
 import hashlib
@@ -36,8 +32,6 @@ MOST_VIEWS = 3  # of a study, as in CheXpert
 AGE_BANDS = {"unknown": -1, "0-17": 0, "18-39": 18, "40-59": 40, "60-79": 60, "80+": 80}
 STATES = {"positive": 1, "uncertain": -1, "negative": 0, "blank": None}
 NOT_ANNOTATED = -2  # the state of a cell that a data set does not annotate
-
-
 LABELS = (
     "No Finding",
     "Enlarged Cardiomediastinum",
@@ -77,11 +71,8 @@ def hash_fraction(*parts: object) -> float:
 
 
 def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """(train, dev): a patient is in dev if the hash of (seed, patient) falls below the fraction `dev`.
-
-    By a hash, because CheXpert's patient ids are ordered (projection and prevalence drift with them) and
-    a split of images would put views of one patient on both sides.
-    """
+    """(train, dev): a patient is in dev if the hash of (seed, patient) falls below the fraction `dev`."""
+    # By a hash, as CheXpert's patient ids are ordered: projection and prevalence drift with them.
     patients = table["patient"].combine_chunks().dictionary_encode()
     chosen = [hash_fraction("dev", seed, patient) < dev for patient in patients.dictionary.to_pylist()]
     in_dev = pa.array(chosen, pa.bool_()).take(patients.indices)
@@ -90,12 +81,8 @@ def split_patients(table: pa.Table, dev: float, seed: int) -> tuple[pa.Table, pa
 
 def label_states(table: pa.Table) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
     """States [N, 14] (1, 0, -1, NOT_ANNOTATED; 0 if blank) and whether each cell is blank [N, 14]."""
-    states = np.empty((table.num_rows, len(LABELS)), np.int8)
-    blank = np.empty((table.num_rows, len(LABELS)), np.bool_)
-    for column, label in enumerate(LABELS):
-        states[:, column] = pc.fill_null(table[label], 0).to_numpy()
-        blank[:, column] = pc.is_null(table[label]).to_numpy()
-    return states, blank
+    states = [pc.fill_null(table[label], 0).to_numpy() for label in LABELS]
+    return np.stack(states, axis=1), np.stack([table[label].is_null().to_numpy() for label in LABELS], axis=1)
 
 
 def find_unannotated(table: pa.Table) -> list[str]:

@@ -28,18 +28,14 @@ UNCERTAIN_HELP = f"Policy for -1: best, {', '.join(UNCERTAIN_POLICIES)}; per lab
 BLANK_HELP = f"Policy for blanks: {' or '.join(BLANK_POLICIES)}."
 # How often radiologists call an uncertain report positive decides (500 test studies): Atelectasis .54,
 # Edema .52, Pleural Effusion .29, Consolidation .03.
-BEST_POLICY = dict.fromkeys(LABELS, "zeros") | {
-    "Atelectasis": "ones",
-    "Edema": "ones",
-    "Pleural Effusion": "smooth-ones",
-}
+BEST_POLICY = dict.fromkeys(LABELS, "zeros") | dict.fromkeys(("Atelectasis", "Edema"), "ones")
+BEST_POLICY |= {"Pleural Effusion": "smooth-ones"}
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
 
 
 def parse_uncertain_policy(text: str) -> dict[str, str]:
-    """One policy per label from `best`, `ones`, … with overrides: `best,Edema=zeros`.
-
-    Raises DataError for an unknown policy or label.
-    """
+    """One policy per label, from `ones` or `best,Edema=zeros`. Raises DataError for an unknown policy or label."""
     default, *overrides = (part.strip() for part in text.split(","))
     if default != "best" and default not in UNCERTAIN_POLICIES:
         raise DataError(f"uncertain policy '{default}' is unknown; choose from best, {', '.join(UNCERTAIN_POLICIES)}")
@@ -58,7 +54,7 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
 def choose_policy(kind: str, given: str | None, defaults: Mapping[str, str]) -> str:
     """The given policy for `kind` of cells, uncertain or blank, or the shards' default.
 
-    Raises DataError if none was given and several folders of shards have different defaults.
+    Raises DataError if none was given and folders of shards have different defaults.
     """
     if not (given or defaults[kind]):
         raise DataError(f"`{kind}`: the folders of shards have different policies; give one")
@@ -73,14 +69,13 @@ def check_blank_policy(text: str) -> str:
 
 
 def make_targets(
-    table: pa.Table, uncertain: Mapping[str, str], blank: str, seed: int, teacher: npt.NDArray[np.float32] | None = None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    table: pa.Table, uncertain: Mapping[str, str], blank: str, seed: int, teacher: Floats | None = None
+) -> tuple[Floats, Bools]:
     """Training targets [N, 14] in [0, 1] and masks [N, 14] (False: the cell does not enter the loss).
 
-    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). Under
-    `multiclass` an uncertain cell stays -1, which names its class. Under `selftrained` it becomes the score
-    that `teacher` [N, 14] has for it; raises DataError without a teacher. Cells that are not annotated are
-    masked under every policy.
+    `uncertain` holds a policy per label. A smoothing draw is a pure function of (seed, key, label). An uncertain cell
+    stays -1 under `multiclass`, which names its class, and becomes its score in `teacher` [N, 14] under `selftrained`;
+    raises DataError without a teacher. Cells that are not annotated are masked under every policy.
     """
     states, is_blank = label_states(table)
     mask = states != NOT_ANNOTATED
@@ -106,9 +101,7 @@ def make_targets(
     return target, mask
 
 
-def divide_cells(
-    target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+def divide_cells(target: Floats, mask: Bools) -> tuple[Bools, Bools]:
     """The positive and the negative cells of any shape, masked ones apart.
 
     A soft target counts as the class it is nearer to; the third class of `multiclass` (-1) is neither.
@@ -116,7 +109,7 @@ def divide_cells(
     return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
 
 
-def describe_one_class(target: npt.NDArray[np.float32], mask: npt.NDArray[np.bool_]) -> dict[str, str]:
+def describe_one_class(target: Floats, mask: Bools) -> dict[str, str]:
     """The labels that lack one of two classes among the cells of mask [N, 14], each with a text for messages."""
     counts = zip(LABELS, *(cells.sum(axis=0).tolist() for cells in divide_cells(target, mask)), strict=True)
     return {
@@ -129,16 +122,14 @@ def describe_one_class(target: npt.NDArray[np.float32], mask: npt.NDArray[np.boo
 def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
     """A text for each label that the policies of some shards leave with one class in a label table."""
     # A teacher's scores come later: the cells that they will fill are left out here.
-    uncertain = {
-        label: "ignore" if policy == "selftrained" else policy
-        for label, policy in parse_uncertain_policy(policies["uncertain"]).items()
-    }
+    uncertain = parse_uncertain_policy(policies["uncertain"])
+    uncertain = {label: policy.replace("selftrained", "ignore") for label, policy in uncertain.items()}
     # Any seed: each smoothing range lies on one side of 0.5.
     lacking = describe_one_class(*make_targets(table, uncertain, policies["blank"], seed=0))
     return [text for label, text in lacking.items() if label not in find_unannotated(table)]  # no policy helps those
 
 
-def evaluation_targets(table: pa.Table, blank: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+def evaluation_targets(table: pa.Table, blank: str) -> tuple[Floats, Bools]:
     """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
 
     With the shards' default policy for `blank`, runs with different policies are compared on the same cells.
