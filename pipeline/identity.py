@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ _NUMBER = r"^\s*(?i:patient|subject|study|pat|sub|id|p|s)?[_-]?0*(\d+)(?:\.0+)?\
 _CODE = r"^\s*([A-Za-z]+[_-]?)0+(\d+)\s*$"
 
 Side = TypeVar("Side")
-Names = pa.Array | pa.ChunkedArray
+Names: TypeAlias = pa.Array | pa.ChunkedArray
 Normalize = Callable[[pa.Array], pa.Array]
 Note = Callable[[str], None]  # takes a sentence about rows that a join did not match
 

@@ -23,10 +23,11 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_folders, open_location
 from pipeline.identity import Note, ignore
 from pipeline.labels import COLUMNS, FACTS, LABELS
-from pipeline.sources.source import AGE, PROJECTION, SEX, Column, DataSet, find_files, read_terms
+from pipeline.sources.source import AGE, Column, DataSet, find_files, read_terms
 
 CSV_NAMES = {"train": ("train.csv",), "valid": ("valid.csv", "val_labels.csv"), "test": ("test_labels.csv", "test.csv")}
 IMAGE = r"(?P<patient>patient\d{1,20})/study(?P<study>\d{1,6})/(?P<file>view\d{1,4}_(?P<side>frontal|lateral))"
+SEX, PROJECTION = (Column(f"(?P<{name}>.*)", "", optional=True) for name in ("sex", "projection"))
 KEY = {"key": "{patient}_study{study}_{file}"}
 VIEW = Column("(?P<view>(?i:frontal|lateral))", "is neither Frontal nor Lateral")
 _BATCH = re.compile(r"batch[ _-]?\d", re.IGNORECASE)  # AIMI's download folders
@@ -98,11 +99,6 @@ class Chexpert(DataSet):
         names = COLUMNS if any(name in FACTS for name in text.column_names) else ("Path", *LABELS)
         demand_columns(csv, text.column_names, names)
         return text.select(names)
-
-    def read_fields(self, csv: Path, text: pa.Table) -> dict[str, pa.Array]:
-        """The fields of each image; the view comes from the file's name if no column states it."""
-        fields = super().read_fields(csv, text)
-        return {"view": fields["side"]} | fields
 
 
 def _csvs_in(folder: Path) -> dict[str, Path]:

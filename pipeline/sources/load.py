@@ -13,7 +13,7 @@ from pipeline.labels import LABELS, select_views
 from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table, renumber
 from pipeline.measure.counts import describe_views
 from pipeline.policies import find_one_class
-from pipeline.sources.joined import join_facts
+from pipeline.sources.facts import join_facts
 from pipeline.sources.sets import SETS, find_set, numbers_studies, read_any_table
 from pipeline.sources.source import Source
 

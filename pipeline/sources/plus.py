@@ -22,18 +22,7 @@ from pipeline.base.store import open_to_read
 from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS
 from pipeline.sources import chexpert
-from pipeline.sources.source import (
-    AGE,
-    PROJECTION,
-    SEX,
-    Column,
-    DataSet,
-    Source,
-    divide,
-    make_table,
-    read_terms,
-    take_states,
-)
+from pipeline.sources.source import AGE, Column, DataSet, Source, divide, make_table, read_terms, take_states
 
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
 SPLITS = ("train", "valid")
@@ -64,7 +53,7 @@ class Plus(DataSet):
         labels = _read_json(files[0]) if "labels" in source.csvs else pa.concat_tables(own)
         names, by = labels["path"], partial(normalize_paths, parts=3)
         place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by)
-        table = make_table(fields, take_states(labels.combine_chunks(), place), self.read_facts(text))
+        table = make_table(fields, take_states(labels.combine_chunks(), place), self.facts)
         return divide(table, fields["split"], {split: split for split in SPLITS})
 
 
@@ -101,8 +90,8 @@ SET = Plus(
         "frontal_lateral": chexpert.VIEW,
         "split": Column("(?P<split>train|valid)", "is none of train, valid"),
         "age": AGE._replace(optional=True),
-        "ap_pa": PROJECTION,
-        "sex": SEX,
+        "ap_pa": chexpert.PROJECTION,
+        "sex": chexpert.SEX,
     },
     templates=chexpert.KEY,
     facts=("race", "ethnicity", "interpreter_needed", "insurance_type"),

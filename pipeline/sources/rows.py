@@ -16,7 +16,7 @@ from pipeline.base.store import is_remote, list_objects, read_at, read_objects
 from pipeline.identity import find_shared, identify_patients, spell_alike
 from pipeline.images import ImageError
 from pipeline.labels import hash_fraction, limit_patients, select_views, split_patients, study_names
-from pipeline.sources.joined import join_facts
+from pipeline.sources.facts import join_facts
 from pipeline.sources.sets import SETS, numbers_studies
 from pipeline.sources.source import Source, find_place, settle_blanks
 

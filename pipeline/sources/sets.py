@@ -83,7 +83,8 @@ def find_terms(source: Source) -> Terms:
 
 def numbers_studies(name: str, columns: Container[str]) -> bool:
     """Whether the studies of a set were numbered by us, as its tables do not number them."""
-    return name in SETS and SETS[name].numbers_studies and "study" not in columns
+    given = SETS[name].columns.values() if name in SETS else ()
+    return name in SETS and "study" not in columns and not any("(?P<study>" in column.pattern for column in given)
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:
@@ -102,7 +103,8 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             )
         if name is None and (tables := webdataset.SET.find_tables(folder)):
             return "webdataset", tables
-    wanted = ", or ".join(f"{kind.sign} ({kind.terms.title})" for kind in asked.values())
+    signs = {kind.terms.title: kind.files or f"a {next(iter(kind.tables.values()))[0]}" for kind in asked.values()}
+    wanted = ", or ".join(f"{files} ({title})" for title, files in signs.items())
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     content = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"

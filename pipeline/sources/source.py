@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from string import Formatter
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -18,11 +17,10 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore, normalize_ids
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.findings import parse_findings, read_findings
-from pipeline.sources.words import look_up, parse_number, read_views, read_words, translate
+from pipeline.sources.words import look_up, parse_findings, parse_number, read_views, read_words, translate
 
-# Of two files of one image, the earlier is the original.
-RANKS = (("dcm", "dicom"), ("png",), ("jpg", "jpeg"))
+RANKS = {"dcm": 0, "dicom": 0, "png": 1, "jpg": 2, "jpeg": 2}  # of two files of one image, the lower is the original
+Arrays = Mapping[str, pa.Array]  # by name, each of as many values as there are images
 SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)"
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
@@ -51,7 +49,7 @@ class Source(NamedTuple):
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
     in `sources.sets.SETS`. `columns` map our columns to those of a user's table: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.joined`). `name` is the user's name for a set that has the layout of another one,
+    files of further columns (`sources.facts`). `name` is the user's name for a set that has the layout of another one,
     but different patients. Of such a set and of a table, `annotated` are the labels that were looked for, and `blanks`
     is what an empty cell means, blank or not-annotated; empty if the user chose neither.
     """
@@ -69,9 +67,9 @@ class Source(NamedTuple):
     @property
     def stated(self) -> dict[str, object]:
         """The user's statements about the set that affect the contents of the shards."""
-        given = {name: getattr(self, name) for name in ("name", "annotated", "blanks")}
+        given: dict[str, object] = {"name": self.name, "annotated": [*self.annotated], "blanks": self.blanks}
         given |= {"columns": dict(self.columns), "values": dict(self.values)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items() if value}
+        return {name: value for name, value in given.items() if value}
 
 
 class Column(NamedTuple):
@@ -86,12 +84,10 @@ class Column(NamedTuple):
     optional: bool = False
 
 
-PATIENT = Column(r"(?P<patient>\S{1,64})", "is not a name without spaces, of up to 64 characters")
 # As DICOM's 058Y, and for the oldest 90+ or `85 or more`.
 AGE = Column(
     r"(?P<age>\d{1,3})(?:[.,]\d+)?(?i: ?(?:y|yrs?|years?|years? old|j|jahre|or more)|\+)?", "is not a number of years"
 )
-SEX, PROJECTION = (Column(f"(?P<{name}>.*)", "", optional=True) for name in ("sex", "projection"))
 
 
 @dataclass(frozen=True)
@@ -116,16 +112,6 @@ class DataSet:
     places: tuple[tuple[str, str], ...] = (("", ""),)
     files: str = ""  # by which a folder is recognized, in words, if not by the first table
     is_joined: bool = False  # from several tables
-
-    @property
-    def numbers_studies(self) -> bool:
-        """Whether studies are numbered by us, as no column has their numbers."""
-        return not any("(?P<study>" in column.pattern for column in self.columns.values())
-
-    @property
-    def sign(self) -> str:
-        """The file by which a folder is recognized, in words."""
-        return self.files or f"a {next(iter(self.tables.values()))[0]}"
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The tables by split or role; None without the first. Raises DataError if a needed one is missing."""
@@ -152,10 +138,10 @@ class DataSet:
         fields = self.read_fields(csv, text)
         column, separator = self.findings
         if column:
-            states = parse_findings(csv, column, fields["findings"], separator, read_findings(self.terms.name))
+            states = parse_findings(csv, column, fields["findings"], separator, self.terms.name)
         else:
             states = read_labels(csv, text)
-        table = make_table(fields, states, self.read_facts(text))
+        table = make_table(fields, states, self.facts)
         return table.filter(pc.not_equal(fields["used"], "")) if "used" in fields else table
 
     def read_text(self, csv: Path) -> pa.Table:
@@ -165,35 +151,32 @@ class DataSet:
         return read_strings(csv, (*self.columns, *labels, *(name for name in self.facts if name in header)))
 
     def read_fields(self, csv: Path, text: pa.Table) -> dict[str, pa.Array]:
-        """The fields of each image."""
-        present = [(name, column) for name, column in self.columns.items() if name in text.column_names]
-        fields = read_cells(csv, [(name, text[name], column) for name, column in present])
+        """The fields of each image, and its facts."""
+        cells = ((name, text[name], column) for name, column in self.columns.items() if name in text.column_names)
+        fields = read_cells(csv, cells) | {name: text[name] for name in self.facts if name in text.column_names}
         for name, template in self.templates.items():
-            fields[name] = fill(template, fields)
+            words = re.split(r"\{(\w+)\}", template)  # texts and names of fields in turn
+            fields[name] = pc.binary_join_element_wise(
+                *(fields[word] if number % 2 else word for number, word in enumerate(words)), ""
+            )
         if "key" not in fields:
             fields["key"] = pa.array(map(make_key, fields["path"].to_pylist()))
         demand_unique(csv, fields["key"])
         return fields
-
-    def read_facts(self, text: pa.Table) -> dict[str, pa.ChunkedArray]:
-        """The columns that are kept."""
-        return {name: text[name] for name in self.facts if name in text.column_names}
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The file, absolute path or URL, of each path: in the first of the `places` that has it."""
         places = [(root / folder, suffix) for folder, suffix in self.places for root in roots]
         heads = {path.partition("/")[0] for path in paths}
         holding = [place for place in places if not heads.isdisjoint(path.name for path in list_files(place[0]))]
-        places = holding or places[:1]
-
-        def choose(path: str) -> str:
+        files = []
+        for path in paths:
             stem = path.rpartition(".")[0]
-            choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in places]
+            choices = [(folder, f"{stem}{suffix}" if suffix else path) for folder, suffix in holding or places[:1]]
             having = (pair for pair in choices if len(choices) == 1 or (pair[0] / pair[1]).is_file())
             folder, name = next(having, choices[0])
-            return f"{folder}/{name}"
-
-        return [choose(path) for path in paths]
+            files.append(f"{folder}/{name}")
+        return files
 
 
 def read_cells(csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray, Column]]) -> dict[str, pa.Array]:
@@ -208,36 +191,27 @@ def read_cells(csv: Path | list[str], cells: Iterable[tuple[str, pa.ChunkedArray
     return fields
 
 
-def fill(template: str, fields: Mapping[str, pa.Array]) -> pa.Array:
-    """The template [N] with the fields [N] of each row: `{patient}_study{study}`."""
-    parts = [
-        part
-        for literal, name, *_ in Formatter().parse(template)
-        for part in ([literal, fields[name]] if name else [literal])
-    ]
-    return pc.binary_join_element_wise(*parts, "")
-
-
 def find_files(folder: Path, roles: Mapping[str, Sequence[str]]) -> dict[str, Path]:
     """Role → the first of its files that the folder holds, plain or gzipped, if any."""
-    held = {
-        role: [path for name in names for end in ("", ".gz") if (path := folder / f"{name}{end}").is_file()]
-        for role, names in roles.items()
-    }
-    return {role: paths[0] for role, paths in held.items() if paths}
+    tables: dict[str, Path] = {}
+    for role, names in roles.items():
+        for path in (folder / f"{name}{end}" for name in names for end in ("", ".gz")):
+            if role not in tables and path.is_file():
+                tables[role] = path
+    return tables
 
 
-def make_table(
-    fields: Mapping[str, pa.Array], states: Mapping[str, Any], facts: dict[str, pa.ChunkedArray] | None = None
-) -> pa.Table:
-    """A label table of states [N] of the 14 labels, and of fields and facts [N].
+def make_table(fields: Arrays, states: Mapping[str, Any], facts: Sequence[str] = ()) -> pa.Table:
+    """A label table of states [N] of the 14 labels, and of fields [N].
 
     Needed: path, key, patient. `study` is a number, `study_name` is numbered by us within the patient; without either,
     each image is a separate study. `position` stands for view and projection, `letter` for the sex, `year` and
-    `birth` for the age. Without a view, images are frontal. Of the other fields, only `bits` is kept.
+    `birth` for the age. Without a view, it is that of the file's `side`, or frontal. Of the other fields, only `bits`
+    and those of `facts` are kept.
     """
     blank = pa.nulls(len(fields["key"]), pa.string())
-    view, projection = fields.get("view", pa.repeat("frontal", len(blank))), fields.get("projection", blank)
+    view = fields.get("view", fields.get("side", pa.repeat("frontal", len(blank))))
+    projection = fields.get("projection", blank)
     if "position" in fields:
         view = pc.fill_null(translate(fields["position"], read_views()), "other")
         projection = translate(fields["position"], read_words("projection"))
@@ -249,11 +223,16 @@ def make_table(
         age = pc.subtract(*(fields[name].cast(pa.int16()) for name in ("year", "birth")))
     study = fields.get("study")
     if study is None:
-        study = number_studies(normalize_ids(fields["patient"]), fields.get("study_name", fields["key"]))
+        names = (normalize_ids(fields["patient"]), fields.get("study_name", fields["key"]))
+        numbers = defaultdict[str, dict[str, int]](dict)  # from 1, in the order of the table
+        pairs = zip(*(column.to_pylist() for column in names), strict=True)
+        study = pa.array([numbers[patient].setdefault(name, len(numbers[patient]) + 1) for patient, name in pairs])
     table = {name: fields[name] for name in ("path", "key", "patient")}
     table |= {"study": study.cast(pa.int32()), "view": pc.utf8_lower(view), "sex": sex, "age": age}
-    bits = {"bits": fields["bits"].cast(pa.int16())} if "bits" in fields else {}
-    return pa.table(table | {"projection": projection} | dict(states) | bits | (facts or {})).combine_chunks()
+    table |= {"projection": projection, **states}
+    if "bits" in fields:
+        table["bits"] = fields["bits"].cast(pa.int16())
+    return pa.table(table | {name: fields[name] for name in facts if name in fields}).combine_chunks()
 
 
 def make_key(path: str) -> str:
@@ -282,36 +261,32 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     for labels that have states although nobody looked for them.
     """
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
-    if (source.annotated or source.blanks) and not is_foreign and source.set != "chexpert":
+    is_stated = bool(source.annotated or source.blanks)
+    if is_stated and not is_foreign and source.set != "chexpert":
         raise DataError(f"`annotated`, `blanks`: {source.set} defines its blanks; leave these out")
-    columns = {label: [table[label] for table in tables.values()] for label in LABELS}
-    silent = [
-        label
-        for label, cells in columns.items()
-        if not any(pc.any(pc.not_equal(column, NOT_ANNOTATED), min_count=0).as_py() for column in cells)
-    ]
-    blank = [label for label in silent if any(column.null_count for column in columns[label])]
-    if is_foreign and blank and not (source.annotated or source.blanks):
-        others = ",".join(label for label in LABELS if label not in silent)
+    cells = pa.concat_tables(table.select(LABELS) for table in tables.values())
+    known = {label: pc.any(pc.not_equal(cells[label], NOT_ANNOTATED), min_count=0).as_py() for label in LABELS}
+    blank = [label for label in LABELS if not known[label] and cells[label].null_count]
+    if is_foreign and blank and not is_stated:
+        others = ",".join(label for label in LABELS if known[label])
+        how = (f'`annotated` "{others}" ' if others else "") + "`blanks` not-annotated"
         raise DataError(
             f"{', '.join(blank)}: blank in every row. Did nobody look for these, or was none of them ever mentioned? "
-            "Say which labels were looked for, and what a blank cell means, such as: "
-            + (f'`annotated` "{others}" ' if others else "")
-            + "`blanks` not-annotated"
+            f"Say which labels were looked for, and what a blank cell means, such as: {how}"
         )
-    if missing := [label for label in silent if label in source.annotated and label not in blank]:
+    if missing := [label for label in LABELS if label in source.annotated and not known[label] and label not in blank]:
         raise DataError(f"`annotated`: no column is named for {', '.join(missing)}; name it in `columns`, too")
     absent = [label for label in LABELS if source.annotated and label not in source.annotated]
-    if labeled := [label for label in absent if label not in silent]:
+    if labeled := [label for label in absent if known[label]]:
         raise DataError(f"`annotated`: {', '.join(labeled)} has states, so it was looked for; name it too")
     changed = absent if source.blanks != "not-annotated" else LABELS
-    nobody = pa.scalar(NOT_ANNOTATED, pa.int8())
-    return {
-        split: pa.table(
-            {name: pc.fill_null(table[name], nobody) if name in changed else table[name] for name in table.column_names}
-        )
-        for split, table in tables.items()
-    }
+    settled = {}
+    for split, table in tables.items():
+        for label in changed:
+            states = pc.fill_null(table[label], pa.scalar(NOT_ANNOTATED, pa.int8()))
+            table = table.set_column(table.schema.get_field_index(label), label, states)
+        settled[split] = table
+    return settled
 
 
 def list_images(folders: Iterable[Path]) -> dict[str, str]:
@@ -324,7 +299,7 @@ def list_images(folders: Iterable[Path]) -> dict[str, str]:
         ranked: dict[str, tuple[int, Path]] = {}
         for path in sorted(list_files(folder), key=lambda path: path.name):
             stem, _, suffix = path.name.rpartition(".")
-            rank = next((rank for rank, names in enumerate(RANKS) if suffix.lower() in names), len(RANKS))
+            rank = RANKS.get(suffix.lower(), len(RANKS))
             best, other = ranked.get(stem, (len(RANKS), path))
             if rank < best:
                 ranked[stem] = rank, path
@@ -354,11 +329,3 @@ def divide(table: pa.Table, names: pa.Array, splits: Mapping[str, str] | Mapping
     """Split → the rows whose name [N] stands for it, without empty splits."""
     parts = {split: table.filter(pc.equal(names, name)).combine_chunks() for name, split in splits.items()}
     return {split: part for split, part in parts.items() if len(part)}
-
-
-def number_studies(patients: pa.ChunkedArray, studies: pa.ChunkedArray) -> pa.Array:
-    """The number [N] of each image's study within its patient, from 1 in the order of the table."""
-    known = defaultdict[str, dict[str, int]](dict)
-    pairs = zip(patients.to_pylist(), studies.to_pylist(), strict=True)
-    numbers = [known[patient].setdefault(study, len(known[patient]) + 1) for patient, study in pairs]
-    return pa.array(numbers, pa.int32())

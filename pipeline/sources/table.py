@@ -20,18 +20,7 @@ from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, describe_unknown, find_label, suggest
 from pipeline.sources import words
-from pipeline.sources.source import (
-    AGE,
-    PATIENT,
-    SUFFIX,
-    Column,
-    DataSet,
-    Source,
-    make_key,
-    make_table,
-    read_cells,
-    read_terms,
-)
+from pipeline.sources.source import AGE, SUFFIX, Column, DataSet, Source, make_key, make_table, read_cells, read_terms
 
 _PART = r"(?:[^/\\.]|\.[^/\\.]|\.\.[^/\\])[^/\\]*"  # a folder but . and ..
 NEEDED = ("path", "patient")
@@ -41,7 +30,7 @@ FIELDS = {
         rf"(?P<path>(?:{_PART}/)*(?:[^/\\]+{SUFFIX}|[^/\\.]+|[^/\\]+\.\d+))",
         "is not a path below SOURCE to a JPEG, PNG or DICOM",
     ),
-    "patient": PATIENT,
+    "patient": Column(r"(?P<patient>\S{1,64})", "is not a name without spaces, of up to 64 characters"),
     "study": Column("(?P<study_name>.+)", "is not the name of a study"),
     "age": AGE._replace(optional=True),
 }
@@ -50,10 +39,9 @@ _NUMBER = r"^(?i:study|s)?[_-]?0*(?P<study>\d{1,9})(?:\.0+)?$"
 
 
 def parse_columns(text: str, known: Sequence[str] = (*FIELDS, *WORDS, "key", *LABELS)) -> tuple[tuple[str, str], ...]:
-    """Our names, of those `known`, and the table's, from `path=Image,patient=MRN`.
+    """Our names, of those `known`, and the table's, from `path=Image,patient=MRN`. Raises DataError with all problems.
 
-    Spaces and double quotes around a name do not count. Raises DataError, naming all problems; the set
-    checks which columns are needed.
+    Spaces and double quotes around a name do not count.
     """
     pairs: list[tuple[str, str]] = []
     wrong = []
@@ -78,14 +66,13 @@ class OwnTable(DataSet):
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
         """The only CSV of the folder, as train; None if there is no CSV or several."""
-        csv = find_csv(folder)
-        return {"train": csv} if csv else None
+        return {"train": csv} if (csv := find_csv(folder)) else None
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table."""
         columns = dict(source.columns)
         wrong = [f"{name} must be named" for name in NEEDED if name not in columns]
-        wrong += [] if any(name in LABELS for name in columns) else ["no label is named"]
+        wrong += ["no label is named"] if columns.keys().isdisjoint(LABELS) else []
         wrong += ["key is for `set` webdataset"] if "key" in columns else []
         if wrong:
             raise DataError(f"`set` table, `columns`: {'; '.join(wrong)}")
@@ -120,46 +107,55 @@ def read_named(
             note(f"column {columns['study']}: not all are numbers, so studies are numbered within each patient")
         else:
             fields["study"] = numbers
-    _read_words(columns, cells, fields, note)
-    return make_table(fields, words.read_states(csv, columns, cells, source.values))
-
-
-def _read_words(
-    columns: Mapping[str, str], cells: Mapping[str, pa.ChunkedArray], fields: dict[str, pa.Array], note: Note
-) -> None:
-    """Add sex, view and projection, of which a column may hold both, to the fields."""
-    for name, other, meanings in (
-        ("sex", "", words.read_words("sex")),
-        ("view", "projection", words.read_views()),
-        ("projection", "view", words.read_words("projection")),
-    ):
-        used = [column for column in (name, other) if column in cells]
-        if used:
-            fields[name] = pc.coalesce(*(words.translate(cells[column], meanings) for column in used))
+    meanings = {name: words.read_words(name) for name in ("sex", "projection")} | {"view": words.read_views()}
+    for name, other in (("sex", ""), ("view", "projection"), ("projection", "view")):  # a column may hold both of these
+        if used := [column for column in (name, other) if column in cells]:
+            fields[name] = pc.coalesce(*(words.translate(cells[column], meanings[name]) for column in used))
             unknown = cells[used[0]].filter(fields[name].is_null())
             if name != "projection" and (unknown.null_count < len(unknown) or (name == "view" and len(unknown))):
                 note(f"column {columns[used[0]]}: no {name} is known for {words.count_words(unknown)}")
     if "view" in fields:
         fields["view"] = pc.fill_null(fields["view"], "other")
+    return make_table(fields, words.read_states(csv, columns, cells, source.values))
 
 
 def guess_command(source: Path) -> str:
-    """The command that makes shards of a user's table, its columns guessed by their names, for people to check.
-
-    For a folder, of its only table; without one, the command that guesses the columns of a table.
-    """
+    """The command that makes shards of a table, or a folder's only one, its columns guessed, for people to check."""
     csv = source if source.is_file() else find_csv(source)
     if csv is None:
         return f"pipeline shards {shlex.quote(str(source / 'TABLE.csv'))} `guess`"
     text = read_strings(csv)
-    columns = words.guess_columns(text.column_names)
+    columns = guess_columns(text.column_names)
     demand_columns(csv, text.column_names, [*columns.values()])
     unknown = {label: words.find_states(text[name], label)[1] for label, name in columns.items() if label in LABELS}
-    few = {label for label, strange in unknown.items() if len(strange) <= words.SHOWN}  # as labels have
-    columns = {ours: name for ours, name in columns.items() if ours in few or ours not in unknown}
-    asked = [word for label, strange in unknown.items() if label in columns for word in strange]
+    # A column of very many words is no label's.
+    columns = {ours: name for ours, name in columns.items() if len(unknown.get(ours, ())) <= words.SHOWN}
+    asked = [word for label in unknown if label in columns for word in unknown[label]]
     needed = dict.fromkeys((*NEEDED, "LABEL"), "COLUMN")
-    return words.spell_command(source, "table", columns, needed) + words.ask_values(asked)
+    return spell_command(source, "table", columns, needed) + words.ask_values(asked)
+
+
+def guess_columns(names: Sequence[str]) -> dict[str, str]:
+    """Our name → the column, or field of a sample, that is called so or nearly so; for people to check."""
+    folded = {words.fold(name.rpartition(".")[2]): name for name in reversed(names)}
+    guessed: dict[str, str] = {}
+    for word, ours in words.read_words("column").items():
+        if word in folded:
+            guessed.setdefault(ours, folded[word])
+    guessed |= {label: folded[words.fold(label)] for label in LABELS if words.fold(label) in folded}
+    for word, name in reversed(folded.items()):
+        if (label := suggest(word, LABELS)) and name not in guessed.values():
+            guessed.setdefault(label, name)
+    return guessed
+
+
+def spell_command(source: Path, kind: str, columns: Mapping[str, str], needed: Mapping[str, str]) -> str:
+    """The command that makes shards; what is needed and not among the columns is added, LABEL for any label."""
+    missing = {name: column for name, column in needed.items() if name not in columns}
+    if not columns.keys().isdisjoint(LABELS):
+        missing.pop("LABEL", None)
+    named = ",".join(f"{name}={column}" for name, column in (dict(columns) | missing).items())
+    return f"pipeline shards {shlex.quote(str(source))} OUT `set` {kind} `columns` {shlex.quote(named)}"
 
 
 SET = OwnTable(read_terms("table"), files="a single CSV (of several, name one as SOURCE)")

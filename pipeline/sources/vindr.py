@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_columns, demand_unique, read_header, read_strings
 from pipeline.identity import Note, ignore
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.findings import leave_open, read_findings
-from pipeline.sources.source import Column, DataSet, fill, find_files, list_images, make_table, read_cells, read_terms
+from pipeline.sources.source import Column, DataSet, find_files, list_images, make_table, read_cells, read_terms
+from pipeline.sources.words import leave_open, read_findings
 
 COLUMN, READER, CLASS = "image_id", "rad_id", "class_name"
 SPLITS = ("train", "test")
@@ -72,7 +72,8 @@ class Vindr(DataSet):
         states[:, ~annotated] = NOT_ANNOTATED
         leave_open(states)
         fields = {"key": images.dictionary, "patient": images.dictionary}
-        fields["path"] = fill(f"{'test' if 'test' in csv.name else 'train'}/{{key}}.dicom", fields)
+        folder = "test/" if "test" in csv.name else "train/"
+        fields["path"] = pc.binary_join_element_wise(folder, images.dictionary, ".dicom", "")
         fields["projection"] = pa.repeat("PA", len(states))
         return make_table(fields, {label: states[:, column] for column, label in enumerate(LABELS)})
 

@@ -27,7 +27,7 @@ from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import table
 from pipeline.sources.source import DataSet, Source, Terms, divide, make_key, read_terms
-from pipeline.sources.words import guess_columns, read_words, spell_command
+from pipeline.sources.words import read_words
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
 KEY = "__key__"  # webdataset's name for a sample's key
@@ -242,12 +242,12 @@ def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: 
     if missing:
         more = f"; of {source.csvs[CSV]}, with key=COLUMN: {', '.join(header)}" if header else ""
         lines.append(f"fields: {', '.join(known[: SHOWN * 2])}{more}")
-        guessed = guess_columns([*known, *header])
+        guessed = table.guess_columns([*known, *header])
         if (key := guessed.pop("path", "")) in header and any(name in header for name in guessed.values()):
             guessed["key"] = key
         chosen = guessed | {name: field for name, field in columns.items() if name not in ("path", *absent)}
         needed = {"patient": KEY, "LABEL": next((field for field in known if field in TEXTS), "FIELD")}
-        command = spell_command(folder, "webdataset", chosen, needed)
+        command = table.spell_command(folder, "webdataset", chosen, needed)
         lines += [note for word, note in NOTES.items() if word in command]
         lines.append(command)
     raise DataError("\n".join(lines))

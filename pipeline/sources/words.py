@@ -1,6 +1,9 @@
-"""Words that people write into tables → ours, by words.csv: a row for each word, of a kind.
+"""Words of other tables → ours, by words.csv, a row for each word of a kind, and findings.csv, for each of a set.
 
-Case, spaces and marks do not count: `AP_SUPINE` is `ap supine`. A `state` is a label's, a `column` one of our names.
+Case, spaces and marks of words do not count: `AP_SUPINE` is `ap supine`. A `state` is a label's, a `column` one of our
+names. A finding makes its label positive or leaves it open: not annotated, if no other finding decides. The label `all`
+is left open wherever nothing is named. A finding without a label says nothing about the 14 or, not annotated, nothing
+about any finding. The set `any` holds the rule for all sets, whose findings are labels; docs/mappings.md says why.
 """
 
 import csv
@@ -9,7 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,11 +23,13 @@ from pipeline.base.csvs import name_row, read_data
 from pipeline.base.errors import DataError, quote
 from pipeline.labels import LABELS, NOT_ANNOTATED, POSITIONS, STATES, describe_unknown, find_label, suggest
 
-MEANINGS = STATES | {"not annotated": NOT_ANNOTATED}
 NUMBERS = (1, 0, -1)  # the states that CheXpert's tables have
 CHOICES = "1, 0, -1, blank or not-annotated"
 SHOWN = 20  # words of a column in a message
 Values = tuple[tuple[str, int | None], ...]  # a word, or LABEL:word, and its state
+EVERY = "all"  # of findings.csv, for each label
+Mask = npt.NDArray[np.bool_]
+States = npt.NDArray[np.int8]
 
 
 def fold(word: str) -> str:
@@ -44,8 +52,9 @@ def read_views() -> dict[str, str]:
 def parse_state(word: str) -> int | None:
     """1, 0, -1, NOT_ANNOTATED, or None for a blank. Raises ValueError or KeyError for an unknown word."""
     meaning = read_words("state").get(fold(word))
-    # The last number is that of our own shards.
-    return parse_number(word, (*NUMBERS, NOT_ANNOTATED)) if meaning is None else MEANINGS[meaning]
+    if meaning is None:
+        return parse_number(word, (*NUMBERS, NOT_ANNOTATED))  # the last one is that of our own shards
+    return NOT_ANNOTATED if meaning == "not annotated" else STATES[meaning]
 
 
 def parse_number(text: str, numbers: Sequence[int] = NUMBERS) -> int:
@@ -54,10 +63,7 @@ def parse_number(text: str, numbers: Sequence[int] = NUMBERS) -> int:
 
 
 def parse_values(text: str) -> Values:
-    """The states of words, from `maybe=-1,Edema:unclear=blank`; `"yes, mild"=1` if a word contains a comma.
-
-    Raises DataError.
-    """
+    """The states of words, from `maybe=-1,Edema:unclear=blank`, or `"yes, mild"=1` with a comma. Raises DataError."""
     values: dict[str, int | None] = {}
     for part in next(csv.reader([text], skipinitialspace=True)):
         word, _, state = part.rpartition("=")
@@ -106,8 +112,7 @@ def read_states(
 ) -> dict[str, pa.Array]:
     """Label → its states [N] as int8; labels without cells [N] are not annotated.
 
-    Raises DataError for unknown words, with all words of their columns. `csv` may also be the name of each row;
-    `columns` are for errors.
+    Raises DataError for unknown words, with all words of their columns. `csv` is as for `name_row`.
     """
     absent = pa.repeat(pa.scalar(NOT_ANNOTATED, pa.int8()), len(cells["patient"]))
     states: dict[str, pa.Array] = dict.fromkeys(LABELS, absent)
@@ -142,25 +147,63 @@ def translate(column: pa.Array | pa.ChunkedArray, words: Mapping[str, str]) -> p
     return look_up(pa.chunked_array(column), lambda word: words[fold(word)], pa.string())[0]
 
 
-def guess_columns(names: Iterable[str]) -> dict[str, str]:
-    """Our name → the column, or field of a sample, that is called so or nearly so; for people to check."""
-    folded = {fold(name.rpartition(".")[2]): name for name in reversed([*names])}
-    guessed: dict[str, str] = {}
-    for word, ours in read_words("column").items():
-        if word in folded:
-            guessed.setdefault(ours, folded[word])
-    guessed |= {label: folded[fold(label)] for label in LABELS if fold(label) in folded}
-    for word, name in reversed(folded.items()):
-        label = suggest(word, LABELS)
-        if label and name not in guessed.values():
-            guessed.setdefault(label, name)
-    return guessed
+class Findings(NamedTuple):
+    """A set's findings [F] and the labels [F, 14] that each makes positive or leaves open.
+
+    Who `speaks` [F] of a finding has looked for all.
+    """
+
+    names: list[str]
+    positive: Mask
+    open: Mask
+    speaks: Mask
 
 
-def spell_command(source: Path, kind: str, columns: Mapping[str, str], needed: Mapping[str, str]) -> str:
-    """The command that makes shards; what is needed and not among the columns is added, LABEL for any label."""
-    missing = {name: column for name, column in needed.items() if name not in columns}
-    if any(name in LABELS for name in columns):
-        missing.pop("LABEL", None)
-    named = ",".join(f"{ours}={theirs}" for ours, theirs in (dict(columns) | missing).items())
-    return f"pipeline shards {shlex.quote(str(source))} OUT `set` {kind} `columns` {shlex.quote(named)}"
+@cache
+def read_findings(dataset: str) -> Findings:
+    """The findings of a data set, by its name in the table."""
+    rows = [row for row in read_data(Path(__file__).parent, "findings.csv") if row["set"] == dataset]
+    names = [*dict.fromkeys(row["finding"] for row in rows)]
+    positive, opened = np.zeros((2, len(names), len(LABELS)), np.bool_)
+    speaks = np.ones(len(names), np.bool_)
+    for row in rows:
+        finding, labels = names.index(row["finding"]), LABELS if row["label"] == EVERY else [row["label"]]
+        columns = [LABELS.index(label) for label in labels if label]
+        (positive if row["state"] == "positive" else opened)[finding, columns] = True
+        speaks[finding] &= not (row["state"] and row["label"] in ("", EVERY))
+    return Findings(names, positive, opened, speaks)
+
+
+def leave_open(states: States) -> None:
+    """In states [N, 14], mark as not annotated what is negative only because another finding was named."""
+    names, _, opened, _ = read_findings("any")
+    named = np.isin(states[:, [LABELS.index(name) for name in names]], (1, -1))
+    states[(states == 0) & (named @ opened)] = NOT_ANNOTATED
+
+
+def parse_findings(path: Path, name: str, column: pa.Array, separator: str, dataset: str) -> dict[str, States]:
+    """The states [N] of the 14 labels, from lists of findings [N] as texts; what is not listed is negative.
+
+    Raises DataError, naming file and line, for a finding of another set.
+    """
+    findings = read_findings(dataset)
+    encoded = pc.fill_null(column, "").dictionary_encode()
+    lists = pc.split_pattern(encoded.dictionary, separator)
+    place: npt.NDArray[np.int64] = pc.list_parent_indices(lists).to_numpy()
+    words = pc.utf8_trim_whitespace(pc.list_flatten(lists))
+    codes = pc.index_in(words, value_set=pa.array(findings.names, pa.string()))
+    unknown = pc.index(codes.is_null(), True).as_py()
+    if unknown >= 0:
+        row = pc.index(encoded.indices, int(place[unknown])).as_py()
+        finding = quote(words[unknown].as_py(), 80)
+        raise DataError(f"{name_row(path, row)}, column {name}: '{finding}' is not a finding of this set")
+    listed = np.zeros((len(lists), len(findings.names)), np.bool_)
+    listed[place, codes.to_numpy()] = True
+    states = np.full((len(lists), len(LABELS)), NOT_ANNOTATED, np.int8)
+    states[np.ix_(listed @ findings.speaks, findings.positive.any(axis=0))] = 0
+    states[listed @ findings.open] = NOT_ANNOTATED
+    states[listed @ findings.positive] = 1
+    states[(states[:, 1:-1] == 1).any(axis=1), 0] = 0  # No Finding: none of the others but Support Devices
+    leave_open(states)
+    by_row = states[encoded.indices.to_numpy()]
+    return {label: by_row[:, number] for number, label in enumerate(LABELS)}

@@ -18,8 +18,8 @@ from pipeline.images import Original
 from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources import nih, plus, vindr
-from pipeline.sources.findings import EVERY, read_findings
 from pipeline.sources.sets import find_source
+from pipeline.sources.words import EVERY, read_findings
 from tests import layouts
 from tests.conftest import run_pipeline, shipped_table
 from tests.layouts import PADCHEST, PLUS_FILMS, PLUS_TABLE, read_cases, read_mapping, shard

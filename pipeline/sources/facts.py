@@ -2,12 +2,12 @@
 
     pipeline shards CheXpert-v1.0-small shards --facts "CHEXPERT DEMO.xlsx"
 
-The column names determine what a row describes, as in KEYS: `key`, else patient and study, else one of these. A user's
-own table may be such a file too: the columns that the user named are its keys, and the others are facts.
+The column names determine what a row describes, as in UNITS. A user's own table may be such a file too: the columns
+that the user named are its keys, and the others are facts.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pipeline.base.errors import DataError
 from pipeline.identity import Normalize, Note, ignore, join, normalize_ids, normalize_paths, normalize_studies
 from pipeline.images import Original
 from pipeline.labels import LABELS
-from pipeline.manifest import KNOWN, name_facts
+from pipeline.manifest import KNOWN
 
 KEYS = {"key": "key", "study": "study", "study_id": "study"}
 KEYS |= dict.fromkeys(("patient", "patient_id", "deid_patient_id", "subject_id"), "patient")
@@ -31,20 +31,13 @@ UNITS: dict[tuple[str, ...], tuple[str, Normalize]] = {
     ("study",): ("studies", normalize_ids),
     ("patient",): ("patients", normalize_ids),
 }
+Tables = Mapping[str, pa.Table]  # by split
 OURS = ("set", "row", "split", "label", "score", "group", "views")  # columns of other tables, and words of options
 _WHOLE = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"  # 007 is a code, not a number
-# The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected characteristics in
-# chest X-ray disease detection models, eBioMedicine 89, 2023). Non-answers stay null.
-_RACES = {race: rf"(?i)\b{race}\b" for race in ("White", "Black", "Asian")}
-_NO_ANSWER = r"(?i)\b(unknown|refused|declines|declined)\b"
 
 
 def join_facts(
-    tables: Mapping[str, pa.Table],
-    paths: Sequence[Path],
-    note: Note = ignore,
-    numbered: bool = False,
-    named: Mapping[str, str] | None = None,
+    tables: Tables, paths: Sequence[Path], note: Note = ignore, numbered: bool = False, named: Mapping[str, str] = {}
 ) -> dict[str, pa.Table]:
     """The tables with the columns of each file; `named` are those of the user's own table: our name → the table's.
 
@@ -56,7 +49,7 @@ def join_facts(
     joined = dict(tables)
     for path in paths:
         columns = _read_columns(path)
-        own = {_fold(name): ours for ours, name in (named or {}).items() if ours != "key"}  # our keys differ
+        own = {_fold(name): ours for ours, name in named.items() if ours != "key"}  # our keys differ
         known = KEYS | (own if own.keys() <= columns.keys() else {})
         names = {known[name]: name for name in columns if name in known}
         held = names.keys() & set.intersection(*(set(table.column_names) for table in joined.values()))
@@ -70,22 +63,23 @@ def join_facts(
                 "numbered here; use patient or key, or name the data set's column study"
             )
         samples = pa.concat_tables(table.select(sorted({"patient", "study", *used})) for table in joined.values())
-        if used == ("study",) and pc.count_distinct(samples["study"]) != len(
-            samples.group_by(["patient", "study"]).aggregate([])
-        ):
+        studies = samples.group_by(["patient", "study"]).aggregate([])
+        if used == ("study",) and pc.count_distinct(samples["study"]) != len(studies):
             raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
         facts = {name: column for name, column in columns.items() if name not in known}
-        _check_names(path, facts, joined)
+        # Names that the tables have, or other tables made of them.
+        taken = KNOWN.union(
+            OURS, Original._fields, map(_fold, LABELS), *(table.column_names for table in joined.values())
+        )
+        for name in (name for name in facts if name in taken):
+            raise DataError(f"{path}: column {name}: the data set's table has that name; rename or remove it")
         sample_keys, file_keys = (
             pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), "/")
             for table, parts in ((samples, used), (columns, [names[part] for part in used]))
         )
         unit, by = UNITS[used]
         place = join(sample_keys, path, pa.table(facts), file_keys, unit, note, by)
-        facts = {name: _type(column) for name, column in facts.items()}
-        taken = {name for table in joined.values() for name in table.column_names}
-        if "primary_race" in facts and "race" not in taken.union(facts):
-            facts["race"] = _group_races(facts["primary_race"])
+        facts = _type_facts(facts, "race" not in taken)
         start = 0
         for split, table in joined.items():
             rows = place.slice(start, len(table))
@@ -113,25 +107,20 @@ def _read_columns(path: Path) -> dict[str, pa.Array]:
     return dict(zip(names, (column.combine_chunks() for column in table.columns), strict=True))
 
 
-def _check_names(path: Path, facts: Iterable[str], tables: Mapping[str, pa.Table]) -> None:
-    """Raise DataError for a name that the tables have, or that other tables made of them have."""
-    known = KNOWN.union(OURS, Original._fields, (label.lower().replace(" ", "_") for label in LABELS))
-    known |= {name for table in tables.values() for name in name_facts(table)}
-    for name in facts:
-        if name in known:
-            raise DataError(f"{path}: column {name}: the data set's table has that name; rename or remove it")
-
-
-def _type(column: pa.Array) -> pa.Array:
-    """Whole numbers as int64, if all cells that are not blank hold one; else the text."""
-    if not pc.all(pc.match_substring_regex(column, _WHOLE), min_count=1).as_py():
-        return column.cast(pa.string())
-    return pc.replace_substring_regex(column, r"\.0+$", "").cast(pa.int64())
-
-
-def _group_races(column: pa.Array) -> pa.Array:
-    """White, Black, Asian or Other, by the words of a PRIMARY_RACE; null if that is blank or no answer."""
-    races = pc.if_else(pc.match_substring_regex(column, _NO_ANSWER), None, "Other")
-    for race, pattern in reversed(_RACES.items()):
-        races = pc.if_else(pc.match_substring_regex(column, pattern), race, races)
-    return races
+def _type_facts(facts: Mapping[str, pa.Array], with_race: bool) -> dict[str, pa.Array]:
+    """Whole numbers as int64, if all cells of a column that are not blank hold one; and the race."""
+    typed = {}
+    for name, column in facts.items():
+        is_whole = pc.all(pc.match_substring_regex(column, _WHOLE), min_count=1).as_py()
+        whole = pc.replace_substring_regex(column, r"\.0+$", "")
+        typed[name] = whole.cast(pa.int64()) if is_whole else column.cast(pa.string())
+    if with_race and "primary_race" in facts and "race" not in facts:
+        # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected
+        # characteristics in chest X-ray disease detection models, eBioMedicine 89, 2023). Non-answers stay null.
+        text = typed["primary_race"]
+        no_answer = pc.match_substring_regex(text, r"(?i)\b(unknown|refused|declines|declined)\b")
+        typed["race"] = pc.if_else(no_answer, None, "Other")
+        for race in ("Asian", "Black", "White"):
+            named = pc.match_substring_regex(text, rf"(?i)\b{race}\b")
+            typed["race"] = pc.if_else(named, race, typed["race"])
+    return typed

@@ -15,7 +15,7 @@ from pipeline import DataError, open_shards
 from pipeline.base.files import hash_file
 from pipeline.images import Original
 from pipeline.manifest import read_manifest, read_table
-from pipeline.sources.joined import join_facts
+from pipeline.sources.facts import join_facts
 from pipeline.sources.load import load_tables
 from pipeline.sources.sets import read_any_table
 from tests.conftest import refused, run_pipeline
