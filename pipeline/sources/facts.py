@@ -64,7 +64,7 @@ def join_facts(
             )
         samples = pa.concat_tables(table.select(sorted({"patient", "study", *used})) for table in joined.values())
         studies = samples.group_by(["patient", "study"]).aggregate([])
-        if used == ("study",) and pc.count_distinct(samples["study"]) != len(studies):
+        if used == ("study",) and pc.count_distinct(samples["study"]).as_py() != len(studies):
             raise DataError(f"{path}: a study's number is unique only within its patient; add a column patient")
         facts = {name: column for name, column in columns.items() if name not in known}
         # Names that the tables have, or other tables made of them.

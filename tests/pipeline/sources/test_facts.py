@@ -19,7 +19,7 @@ from pipeline.sources.facts import join_facts
 from pipeline.sources.load import load_tables
 from pipeline.sources.sets import read_any_table
 from tests.conftest import refused, run_pipeline
-from tests.layouts import read_cases
+from tests.layouts import SETS, read_cases
 
 RACES = ("White, non-Hispanic", "Black or African American", "Asian - Historical Conv", "Caucasian", "Patient Refused")
 GROUPS = {"White": "White", "Black": "Black", "Asian": "Asian", "Caucasian": "Other", "Patient": None}
@@ -122,6 +122,14 @@ def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, ke
     found = load_tables([chexpert], None, "frontal", [tmp_path / "facts.csv"]).to_pandas()
     expected = found[["patient", "study"]].merge(whole, "left", on=by)
     assert found["value"].tolist() == expected["value"].tolist()
+
+
+def test_a_study_s_number_is_a_key_if_no_two_patients_share_it(tmp_path: Path) -> None:
+    SETS["mimic"](tmp_path / "mimic")
+    (tmp_path / "facts.csv").write_text("study_id,ward\ns50414267.0,A\n53189527,B\n")
+    table = load_tables([tmp_path / "mimic"], None, "all", [tmp_path / "facts.csv"])
+    wards = dict(zip(table["study"].to_pylist(), table["ward"].to_pylist(), strict=True))
+    assert {study: ward for study, ward in wards.items() if ward} == {50414267: "A", 53189527: "B"}
 
 
 @pytest.mark.parametrize(("content", "message"), read_cases("facts.txt"))
