@@ -142,14 +142,14 @@ def join(
     """
     names, row_names = _flatten(names), _flatten(row_names)
     keys, row_keys = by(names), by(row_names)
-    row = pc.index(row_keys.is_null(), True).as_py()
-    if row >= 0 and any(column[row].is_valid for column in rows.columns):
-        raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
+    for row in pc.indices_nonzero(row_keys.is_null()).to_pylist():
+        if any(column[row].is_valid for column in rows.columns):
+            raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
     first = pc.index_in(row_keys, value_set=row_keys)  # the first row of the same name
     for name, column in zip(rows.column_names, rows.columns, strict=True):
         cells = pc.fill_null(column.cast(pa.string()).combine_chunks(), "")
         row = pc.index(pc.equal(cells, cells.take(first)), False).as_py()
-        if row >= 0 and row_keys[row].is_valid:
+        if row >= 0:
             pair = (first[row].as_py(), row)
             lines = " and ".join(str(line_of(path, number)) for number in pair)
             values = " and ".join(f"'{quote(cells[number].as_py(), 80)}'" for number in pair)
