@@ -1,12 +1,10 @@
 """CheXpert, in every folder layout seen in practice → label table per split, and the file of each image.
 
 Irvin et al., CheXpert: a large chest radiograph dataset with uncertainty labels and expert comparison, AAAI 2019:
-224,316 radiographs of 65,240 patients; train.csv has 223,414 rows.
-
-Layouts: the folder that holds the CSVs or its parent; any name for it; the CSVs beside it; AIMI's download batches side
-by side (`CheXpert-v1.0 batch 1 (validate & csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test
-set (`test_labels.csv` beside `test/`, `val_labels.csv` beside `val/`); CSVs gzipped. An image is taken from the folder
-that its CSV names, else from any that has its patient, study and view. Folders and CSVs may be in an object store.
+224,316 radiographs of 65,240 patients; train.csv has 223,414 rows. Layouts: the folder that holds the CSVs or its
+parent; any name for it; the CSVs beside it; AIMI's download batches side by side (`CheXpert-v1.0 batch 1 (validate &
+csv)`, `batch 2 (train 1)`, …), which hold the patients directly; the test set (`test_labels.csv` beside `test/`,
+`val_labels.csv` beside `val/`). An image is taken from the folder that its CSV names, else from any that has it.
 """
 
 import re
@@ -41,10 +39,7 @@ class Chexpert(DataSet):
     """CheXpert's layouts."""
 
     def find_tables(self, folder: Path) -> dict[str, Path] | None:
-        """Split → its CSV, from `folder`, the only folder in it that holds CSVs, or the folder that holds `folder`.
-
-        None if there are none. Raises DataError if several folders in it hold CSVs.
-        """
+        """Split → its CSV, from `folder`, the only folder in it that holds CSVs, or the folder that holds `folder`."""
         if csvs := _csvs_in(folder):
             return csvs
         # A hidden folder is no data set, but a remnant of `pipeline sample` if it is killed.
@@ -74,18 +69,30 @@ class Chexpert(DataSet):
         Notes how many are in another folder than the CSV names, not counting AIMI's batches.
         """
         holders = _find_patients(roots, {name for path in paths for name in path.split("/")[:-3]})
-        names, files, moved = tuple(map(str, roots)), [], []
+        names, files, moved = [*map(str, roots)], [], []
+
+        @cache
+        def count_alike(above: tuple[str, ...], folder: str) -> int:
+            """How many of the folders above a patient's a folder ends in; 0 if the CSV means another."""
+            pairs = zip(reversed(above), reversed(folder.split("/")), strict=False)
+            alike = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            # What the CSV calls `CheXpert-v1.0`, without folders in it, may have any name.
+            return alike or int(len(above) < 2 and folder in names)
+
+        def is_meant(above: tuple[str, ...], folder: str) -> bool:
+            return count_alike(above, folder) > 0 or _BATCH.search(folder.rpartition("/")[2]) is not None
+
         for path in paths:
-            *above, patient, study, file = path.split("/")
-            count = partial(_count_alike, "/".join(above), names)
+            *parts, patient, study, file = path.split("/")
+            above, image = tuple(parts), f"{patient}/{study}/{file}"
             expected = "/".join([names[0], *above[-1:]])
-            folder, *others = sorted(holders.get(patient, []), key=count, reverse=True) or [expected]
-            if others or not (count(folder) or _is_batch(folder)):  # else, no need to look
-                image = f"{patient}/{study}/{file}"
-                held = (place for place in (folder, *others) if open_location(f"{place}/{image}").exists())
-                folder = next(held, folder if count(folder) else expected)
-            files.append(f"{folder}/{patient}/{study}/{file}")
-            if not (count(folder) or _is_batch(folder)):
+            folders = sorted(holders.get(patient, [expected]), key=partial(count_alike, above), reverse=True)
+            folder = folders[0]
+            if len(folders) > 1 or not is_meant(above, folder):  # else, no need to look
+                held = (folder for folder in folders if open_location(f"{folder}/{image}").exists())
+                folder = next(held, folder if count_alike(above, folder) else expected)
+            files.append(f"{folder}/{image}")
+            if not is_meant(above, folder):
                 moved.append((path, files[-1]))
         if moved:
             path, file = moved[0]
@@ -123,21 +130,6 @@ def _find_patients(roots: Sequence[Path], named: set[str]) -> dict[str, list[str
         level = [folder for folder in below if folder not in seen]
         seen.update(level)
     return holders
-
-
-@cache
-def _count_alike(above: str, roots: tuple[str, ...], folder: str) -> int:
-    """How many of the folders above a patient's a folder ends in, from the last one up; 0 if the CSV means another.
-
-    What the CSV calls `CheXpert-v1.0`, without folders in it, may have any name.
-    """
-    pairs = zip(reversed(above.split("/")), reversed(folder.split("/")), strict=False)
-    alike = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
-    return alike or int("/" not in above and folder in roots)
-
-
-def _is_batch(folder: str) -> bool:
-    return _BATCH.search(folder.rpartition("/")[2]) is not None
 
 
 SET = Chexpert(

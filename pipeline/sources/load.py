@@ -1,8 +1,7 @@
 """SOURCE (shards, a dataset's folder, or one CSV) → its label table."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -57,32 +56,23 @@ def load_tables(
     return concat_labels(parts)
 
 
-class _Tables(NamedTuple):
-    """A source's tables by split, the names of its set and of its patients' namespace, and the columns users named."""
-
-    tables: dict[str, pa.Table]
-    name: str
-    patients: str
-    columns: Mapping[str, str] = {}
-
-
-def _read_source(source: Path, split: str | None, note: Note) -> _Tables:
-    """Raises DataError as `load_tables`."""
+def _read_source(source: Path, split: str | None, note: Note) -> tuple[dict[str, pa.Table], str, str, dict[str, str]]:
+    """Its tables by split, the names of its set and of its patients' namespace, and the columns that the user named."""
     if source.is_file():
         if split is not None:
             raise DataError(f"{source} is one CSV without splits; leave out its split")
-        return _Tables({"all": read_any_table(source)}, str(source), str(source))
+        return {"all": read_any_table(source)}, str(source), str(source), {}
     if (source / NAME).is_file():
         manifest = read_manifest(source)
         names = manifest.splits if split is None else [split]
         tables = {name: read_table(source, manifest.split(name)) for name in names}
-        return _Tables(tables, manifest.dataset["name"], manifest.dataset["patients"], manifest.columns)
+        return tables, manifest.dataset["name"], manifest.dataset["patients"], manifest.columns
     set_name, csvs = find_set(source)
     tables = SETS[set_name].read(Source(csvs, (source,), set_name), note)
     if split is not None and split not in tables:
         raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
-    chosen = {name: table for name, table in tables.items() if split in (None, name)}
-    return _Tables(chosen, SETS[set_name].terms.name, SETS[set_name].terms.patients)
+    terms, chosen = SETS[set_name].terms, {name: table for name, table in tables.items() if split in (None, name)}
+    return chosen, terms.name, terms.patients, {}
 
 
 def learned_splits(names: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -27,24 +27,26 @@ OF_A_FILE = {
     *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
 }
-
-
 Splits = tuple[dict[str, pa.Table], dict[str, dict[str, int]], tuple[str, ...]]
 
 
 def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int | None = None) -> Splits:
     """Label table per split, shuffled, with the column `file` (absolute path or URL); rows dropped by option; notes.
 
-    With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev
-    by patient. Empty splits are left out. Raises DataError if a CSV is bad, a patient is in two CSVs, or no image
-    is left.
+    With all views, studies are shuffled, and the images of each stay together. train is divided into train and dev by
+    patient. Empty splits are left out. Raises DataError if a CSV is bad, a patient is in two, or no image is left.
     """
-    adapter = SETS[source.set]
+    adapter, csvs, columns = SETS[source.set], source.csvs, dict(source.columns)
     notes: list[str] = []
     tables = spell_alike(settle_blanks(source, adapter.read(source, notes.append)))
-    columns = dict(source.columns)
     tables = join_facts(tables, source.facts, notes.append, numbers_studies(source.set, columns), columns)
-    _refuse_shared_patients(source, tables)
+    patients = {split: identify_patients(table) for split, table in tables.items()}
+    for first, second, (patient, *_) in find_shared(patients):
+        if second not in csvs or "table" in csvs:  # official lists of one table's images
+            raise DataError(f"{patient} is in {first} and {second}; splits must not share patients")
+        line = line_of(csvs[second], pc.index(tables[second]["patient"], patient).as_py())
+        shared = f"{patient} is in {csvs[first].name} too; splits must not share patients"
+        raise DataError(f"{csvs[second]}, line {line}: {shared}")
     if "train" in tables:
         train, held_out = split_patients(tables.pop("train"), dev, seed)
         tables = {"train": train, "dev": held_out} | tables
@@ -53,16 +55,20 @@ def read_splits(source: Source, *, views: str, dev: float, seed: int, limit: int
     for split, table in tables.items():
         of_view = select_views(table, views)
         chosen = of_view if limit is None else limit_patients(of_view, limit, seed)
-        chosen = _shuffle(chosen, seed, by_study=views == "all")
         dropped[split] = {"views": len(table) - len(of_view), "limit": len(of_view) - len(chosen)}
         if chosen.num_rows:
-            kept[split] = chosen
+            # An order that depends only on the seed and the names of images or studies.
+            keys = chosen["key"].to_pylist()
+            units = study_names(chosen).to_pylist() if views == "all" else keys
+            draws = np.array([hash_fraction("shuffle", seed, unit) for unit in units])
+            kept[split] = chosen.take(np.lexsort((keys, draws)))
     if not kept:
-        raise DataError(f"{', '.join(map(str, source.csvs.values()))}: no {views} images")
+        raise DataError(f"{', '.join(map(str, csvs.values()))}: no {views} images")
     paths = [path for table in kept.values() for path in table["path"].to_pylist()]
     files = iter(adapter.locate(paths, source.roots, notes.append))
-    located = {split: pa.array(islice(files, len(table))) for split, table in kept.items()}
-    complete = {split: table.append_column("file", located[split]) for split, table in kept.items()}
+    complete = {
+        split: table.append_column("file", pa.array(islice(files, len(table)))) for split, table in kept.items()
+    }
     return complete, dropped, tuple(notes)
 
 
@@ -101,7 +107,10 @@ def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
         try:
             # A link may point anywhere: files must lie under a folder that the user named.
-            opened = _find_opened(descriptor, path)
+            try:
+                opened = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - once per image
+            except FileNotFoundError:  # not Linux
+                opened = os.path.realpath(path, strict=True)
             if not any(opened.startswith(f"{str(root).rstrip('/')}/") for root in roots):
                 return ImageError(f"leads out of its folder to {opened}; allow that by --root")
             if size is not None:
@@ -118,32 +127,3 @@ def _read_file(file: str, roots: Sequence[Path]) -> bytes | ImageError | None:
         if error.errno not in OF_A_FILE:
             raise MachineError(f"{path}: cannot be read: {explain_os_error(error)}") from None
         return ImageError(f"cannot be read: {error.strerror}")
-
-
-def _find_opened(descriptor: int, path: str) -> str:
-    """The path of an open file without links: from Linux's /proc, on other systems resolved."""
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - once per image
-    except FileNotFoundError:
-        return os.path.realpath(path, strict=True)
-
-
-def _refuse_shared_patients(source: Source, tables: Mapping[str, pa.Table]) -> None:
-    for first, second, (patient, *_) in find_shared(
-        {split: identify_patients(table) for split, table in tables.items()}
-    ):
-        if second not in source.csvs or "table" in source.csvs:  # official lists of one table's images
-            raise DataError(f"{patient} is in {first} and {second}; splits must not share patients")
-        line = line_of(source.csvs[second], pc.index(tables[second]["patient"], patient).as_py())
-        raise DataError(
-            f"{source.csvs[second]}, line {line}: {patient} is in {source.csvs[first].name} too; "
-            "splits must not share patients"
-        )
-
-
-def _shuffle(table: pa.Table, seed: int, by_study: bool) -> pa.Table:
-    """Images, or studies with their images by key, in an order that depends only on the seed and their names."""
-    keys = table["key"].to_pylist()
-    units = study_names(table).to_pylist() if by_study else keys
-    draws = np.array([hash_fraction("shuffle", seed, unit) for unit in units])
-    return table.take(np.lexsort((keys, draws)))

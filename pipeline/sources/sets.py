@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, list_files, list_folders, named_failures
+from pipeline.manifest import read_manifest
 from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
 from pipeline.sources.source import DataSet, Source, Terms, read_terms
 from pipeline.sources.table import guess_command
@@ -76,15 +77,20 @@ def find_terms(source: Source) -> Terms:
     if called := source.name:
         return Terms(called, called, called, "not stated", "")
     if source.set == "webdataset":
-        return webdataset.find_terms(source)
+        try:  # shards of this project name them
+            dataset = read_manifest(next(iter(source.csvs.values())).parent).dataset
+        except DataError:  # another program's manifest.json, or none
+            dataset = {}
+        return webdataset.SET.terms._replace(**{name: dataset[name] for name in Terms._fields if name in dataset})
     is_synthetic = any((csv.parent / SYNTHETIC_NOTE).exists() for csv in source.csvs.values())
     return read_terms("sample") if is_synthetic and source.set == "chexpert" else SETS[source.set].terms
 
 
 def numbers_studies(name: str, columns: Container[str]) -> bool:
     """Whether the studies of a set were numbered by us, as its tables do not number them."""
-    given = SETS[name].columns.values() if name in SETS else ()
-    return name in SETS and "study" not in columns and not any("(?P<study>" in column.pattern for column in given)
+    if name not in SETS or "study" in columns:
+        return False
+    return not any("(?P<study>" in column.pattern for column in SETS[name].columns.values())
 
 
 def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path]]:

@@ -24,9 +24,8 @@ from pipeline.base.store import is_remote, list_files, open_to_read
 from pipeline.base.tar import Member, read_members
 from pipeline.identity import Note, choose_paths, ignore, join
 from pipeline.labels import LABELS
-from pipeline.manifest import read_manifest
 from pipeline.sources import table
-from pipeline.sources.source import DataSet, Source, Terms, divide, make_key, read_terms
+from pipeline.sources.source import DataSet, Source, divide, make_key, read_terms
 from pipeline.sources.words import read_words
 
 CSV = "labels.csv"  # the role of the CSV beside the tars
@@ -105,15 +104,6 @@ def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | Non
         raise DataError(f"{folder}: its tars are compressed; decompress them to .tar")
     csv = table.find_csv(folder)
     return tables | ({CSV: csv} if csv else {}) if tables else None
-
-
-def find_terms(source: Source) -> Terms:
-    """Who owns the images: for shards of this project, from the manifest."""
-    try:
-        dataset = read_manifest(next(iter(source.csvs.values())).parent).dataset
-        return SET.terms._replace(**{name: dataset[name] for name in Terms._fields if name in dataset})
-    except DataError:  # another program's manifest.json, or none
-        return SET.terms
 
 
 def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[pa.Table, list[str]]:
