@@ -1,14 +1,9 @@
 """MIMIC-CXR-JPG 2.x: the split, metadata and label tables, and images at files/p10/p10000032/s50414267/<dicom_id>.jpg.
 
 Johnson et al., MIMIC-CXR-JPG, a large publicly available database of labeled chest radiographs, arXiv:1901.07042:
-377,110 images of 227,835 studies. Its labels are CheXpert's 14, by the CheXpert labeler (NegBio's, if only those are
-there); a study without a row in them is not annotated. Sex and age are not in these tables.
-
-The official splits: train (of which dev is held out), validate, which is valid here, and test. With the radiologist's
-labels of version 2.1.0, `test` holds the studies that they cover, by these labels, and `test_rest` the others.
+377,110 images of 227,835 studies, without sex and age. A study without a row of labels is not annotated. With the
+radiologist's labels of version 2.1.0, `test` holds the studies that they cover, and `test_rest` the others.
 """
-
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,20 +33,15 @@ class Mimic(DataSet):
         table = make_table(fields, take_states(read_labels(csvs["labels"], labels), place))
         tables = divide(table, fields["split"], SPLITS)
         if "radiologist" in csvs and "test" in tables:
-            tables |= _read_radiologist(csvs["radiologist"], tables.pop("test"), note)
+            test, csv, text = tables.pop("test"), csvs["radiologist"], read_strings(csvs["radiologist"])
+            text = text.rename_columns([RADIOLOGISTS_NAMES.get(name, name) for name in text.column_names])
+            demand_columns(csv, text.column_names, ("study_id", *LABELS))
+            place = join(test["study"].cast(pa.string()), csv, text.select(LABELS), text["study_id"], "studies", note)
+            for label, states in read_labels(csv, text).items():
+                chosen = pc.if_else(place.is_valid(), states.take(place), test[label])
+                test = test.set_column(test.schema.get_field_index(label), label, chosen)
+            tables |= divide(test, place.is_valid(), {True: "test", False: "test_rest"})
         return tables
-
-
-def _read_radiologist(csv: Path, test: pa.Table, note: Note) -> dict[str, pa.Table]:
-    """Test divided into the studies that a radiologist labeled, with these labels, and the rest."""
-    text = read_strings(csv)
-    text = text.rename_columns([RADIOLOGISTS_NAMES.get(name, name) for name in text.column_names])
-    demand_columns(csv, text.column_names, ("study_id", *LABELS))
-    place = join(test["study"].cast(pa.string()), csv, text.select(LABELS), text["study_id"], "studies", note)
-    for label, states in read_labels(csv, text).items():
-        chosen = pc.if_else(place.is_valid(), states.take(place), test[label])
-        test = test.set_column(test.schema.get_field_index(label), label, chosen)
-    return divide(test, place.is_valid(), {True: "test", False: "test_rest"})
 
 
 SET = Mimic(

@@ -1,10 +1,7 @@
 """NIH ChestX-ray14: Data_Entry_2017_v2020.csv, the official lists, and images in one folder or in twelve.
 
 Wang et al., ChestX-ray8: hospital-scale chest X-ray database and benchmarks, CVPR 2017: 112,120 frontal radiographs of
-30,805 patients, 14 findings by text mining; findings.csv has them as CheXpert's labels.
-
-The official lists keep patients apart: train_val_list.txt is train (of which dev is held out), test_list.txt is test.
-Without them, as in Kaggle's copy, all is train.
+30,805 patients, 14 findings by text mining. Without the official lists, as in Kaggle's copy, all is train.
 """
 
 import re
@@ -36,10 +33,7 @@ class Nih(DataSet):
         return tables
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
-        """Train and test, by the official lists; all as train without them.
-
-        Raises DataError for an image that is in both lists or in none.
-        """
+        """Train and test, by the official lists; all as train without them. An image must be in one of them."""
         csvs = source.csvs
         table = self.read_table(csvs["table"])
         if "train" not in csvs:

@@ -3,17 +3,10 @@
 Bustos et al., PadChest: a large chest x-ray image dataset with multi-label annotated reports, Medical Image Analysis
 2020 (arXiv:1901.07441): 160,861 images of 67,625 patients. Physicians labeled the reports of 39,053 images, a network
 those of the others. `padchest` is the physicians' images alone; `padchest-all` is all of them, and makes other shards.
-There are no official splits: all is train, of which dev is held out.
 
-Labels are words of a tree, findings and diagnoses; findings.csv has them as CheXpert's labels. In the tree (Bustos et
-al., appendix) a word includes those below it: laminar atelectasis is atelectasis, consolidation is an infiltrate. Which
-words make a label follows the phrases of CheXpert's labeler (Irvin et al., 2019); if torchxrayvision maps a word
-otherwise, docs/mappings.md says why. None of the words speaks of suspicion, so nothing is uncertain. If a report
-says `unchanged`, a finding that it does not name is not annotated, since the earlier report may name it; the same holds
-for `exclude` and for images without a word about findings.
-
-All images are MONOCHROME2, according to the table. BitsStored_DICOM gives the bits of a PNG (10 or 12); a PNG
-with higher levels has been scaled to 16.
+Labels are words of a tree (its appendix), in which a word includes those below it: laminar atelectasis is atelectasis.
+Which words make a label follows the phrases of CheXpert's labeler. None speaks of suspicion, so nothing is uncertain.
+BitsStored_DICOM gives the bits of a PNG (10 or 12); a PNG with higher levels has been scaled to 16.
 """
 
 from dataclasses import replace

@@ -2,11 +2,9 @@
 
 Without the PNGs, its DICOMs are read: DICOM/Uncompressed/train/patient00001/study1/view1_frontal.dcm.
 
-Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports. Labels
-are in separate files, of which the first that exists is read: chexbert_labels/report_fixed.json, then
-impression_fixed.json, then findings_fixed.json; without any, CheXpert's own train.csv and valid.csv beside the table.
-To use a later one, move the earlier ones away. An image without a line there is not annotated. Reports are not read.
-Race, ethnicity, insurance and the need of an interpreter are facts, if the table has them.
+Chambon et al., CheXpert Plus, arXiv:2405.19538: 223,462 radiographs of CheXpert's own patients, with reports, which are
+not read. Labels are in separate files, of which the first that exists is read: LABEL_FILES, or else CheXpert's own
+train.csv and valid.csv beside the table. An image without a line there is not annotated.
 """
 
 from functools import partial

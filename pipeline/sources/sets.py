@@ -60,7 +60,7 @@ def find_source(
             raise DataError(f"{folder}: a file; name its folder. For a table of your own: {guess_command(folder)}")
         splits, folder = splits or {"" if name == "webdataset" else "train": folder}, folder.parent
     if splits and name == "webdataset":
-        csvs = webdataset.find_tars(folder, splits) or {}
+        csvs = webdataset.SET.find_tables(folder, splits) or {}
     else:
         name, csvs = (name or "chexpert", dict(splits)) if splits else find_set(folder, name)
     homes = [folder, *(csv.parent for csv in csvs.values()), *roots]

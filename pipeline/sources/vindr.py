@@ -2,10 +2,8 @@
 
 Nguyen et al., VinDr-CXR: an open dataset of chest X-rays with radiologist's annotations, Scientific Data 2022: 15,000
 frontal images read by three radiologists each, and 3,000 for test by consensus of five. Its table of boxes from the
-VinBigData competition (train.csv: image_id, class_name, rad_id, …) is read too; it has 14 of the findings.
-
-A finding that most readers of an image name is positive; one that fewer name is uncertain. There are no patient ids,
-so each image counts as a separate patient; and no sex or age. findings.csv has the findings as CheXpert's labels.
+VinBigData competition (train.csv: image_id, class_name, rad_id, …) is read too; it has 14 of the findings. There are no
+patient ids, so each image counts as a separate patient; and no sex or age.
 """
 
 from collections.abc import Sequence

@@ -2,10 +2,8 @@
 
     pipeline shards tars out --set webdataset --columns patient=mrn,Edema=edema
 
-A sample is the members of one key: their names up to the first dot of the last part. Its fields are the keys of its
-JSON (`labels.Edema` if nested), its text members by suffix (`cls`, `txt`), `__key__`, and with `key=COLUMN` the columns
-of the only CSV beside the tars, joined by that column. `patient` and a label are needed; the rest is as for the set
-`table`. A word of the tar's name gives its split; `--split` gives each split a tar or a folder of tars.
+A sample is the members of one key: their names up to the first dot of the last part. docs/data.md has its fields, and
+which split a tar belongs to.
 """
 
 import re
@@ -36,10 +34,6 @@ TAR, NAME, SUFFIXES, IMAGE = INTERNAL = ("__url__", "__name__", "__suffixes__", 
 IMAGES, TEXTS = ("jpg", "jpeg", "png", "dcm", "dicom"), ("cls", "txt")
 MOST = dict.fromkeys(IMAGES, 2**30) | dict.fromkeys((*TEXTS, "json"), 2**20)  # bytes of a member
 SHOWN = 20  # problems in an error
-NOTES = {  # on words of the command
-    f"patient={KEY}": f"patient={KEY} takes every image for another patient's",
-    "LABEL=": "LABEL is one of CheXpert's 14",
-}
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]+)", re.DOTALL)  # key and suffix, as webdataset divides a name
 _PACKED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$")
 _COUNTED = re.compile(r"(.*-)\d+(-of-(\d+)\.tar)")  # train-00000-of-00003.tar
@@ -49,9 +43,28 @@ Row = dict[str, str | None]
 class Webdataset(DataSet):
     """Tars whose fields the user names."""
 
-    def find_tables(self, folder: Path) -> dict[str, Path] | None:
-        """The tars in a folder and the folders below."""
-        return find_tars(folder, {"": folder})
+    def find_tables(self, folder: Path, splits: Mapping[str, Path] | None = None) -> dict[str, Path] | None:
+        """The tars of each split, or by the words of their names, as split/path, and the only CSV; None without tars.
+
+        Raises DataError if a split has none, and for tars that are packed or in a store.
+        """
+        if is_remote(folder):
+            if any(path.name.endswith(".tar") for path in list_files(folder)):
+                raise DataError(f"{folder}: other programs' tars are read from a folder; copy them to one")
+            return None
+        tables: dict[str, Path] = {}
+        for split, path in (splits or {"": folder}).items():
+            tars = [path] if path.is_file() else sorted(path.rglob("[!.]*.tar"))
+            if split and not tars:
+                raise DataError(f"`split` {split}={path}: a folder without tars")
+            for tar in tars:
+                name = tar.name if tar == path else tar.relative_to(path).as_posix()
+                words = (read_words("split").get(word) for word in reversed(re.findall("[a-z]+", name.lower())))
+                tables[f"{split or next(filter(None, words), 'train')}/{name}"] = tar
+        if not tables and any(_PACKED.search(path.name) for path in list_files(folder)):
+            raise DataError(f"{folder}: its tars are compressed; decompress them to .tar")
+        csv = table.find_csv(folder)
+        return tables | ({CSV: csv} if csv else {}) if tables else None
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The paths: they name a tar and bytes in it."""
@@ -74,36 +87,11 @@ class Webdataset(DataSet):
         samples = samples.set_column(samples.column_names.index(KEY), KEY, safe)
         splits = pc.replace_substring_regex(samples[TAR], "(?s)/.*", "")
         columns |= {"key": KEY, "path": IMAGE}
-        return {
-            split: table.read_named(
-                source, part[NAME].to_pylist(), {name: part[field] for name, field in columns.items()}, note
-            )
-            for split, part in divide(samples, splits, {name: name for name in splits.unique().to_pylist()}).items()
-        }
-
-
-def find_tars(folder: Path, splits: Mapping[str, Path]) -> dict[str, Path] | None:
-    """The tars of each split, or by the words of their names, as split/path, and the only CSV; None without tars.
-
-    Raises DataError if a split has none, and for tars that are packed or in a store.
-    """
-    if is_remote(folder):
-        if any(path.name.endswith(".tar") for path in list_files(folder)):
-            raise DataError(f"{folder}: other programs' tars are read from a folder; copy them to one")
-        return None
-    tables: dict[str, Path] = {}
-    for split, path in splits.items():
-        tars = [path] if path.is_file() else sorted(path.rglob("[!.]*.tar"))
-        if split and not tars:
-            raise DataError(f"`split` {split}={path}: a folder without tars")
-        for tar in tars:
-            name = tar.name if tar == path else tar.relative_to(path).as_posix()
-            words = (read_words("split").get(word) for word in reversed(re.findall("[a-z]+", name.lower())))
-            tables[f"{split or next(filter(None, words), 'train')}/{name}"] = tar
-    if not tables and any(_PACKED.search(path.name) for path in list_files(folder)):
-        raise DataError(f"{folder}: its tars are compressed; decompress them to .tar")
-    csv = table.find_csv(folder)
-    return tables | ({CSV: csv} if csv else {}) if tables else None
+        tables = {}
+        for split, part in divide(samples, splits, {name: name for name in splits.unique().to_pylist()}).items():
+            cells = {name: part[field] for name, field in columns.items()}
+            tables[split] = table.read_named(source, part[NAME].to_pylist(), cells, note)
+        return tables
 
 
 def _read_tars(tars: Mapping[str, Path], wanted: set[str]) -> tuple[pa.Table, list[str]]:
@@ -165,31 +153,21 @@ def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member], wante
         if _kind(suffix) not in (*TEXTS, "json"):
             continue
         file.seek(member.offset)
-        content = file.read(member.size)
+        content, label = file.read(member.size), f"{name}: .{suffix}"
         is_json = _kind(suffix) == "json"
-        document = (
-            parse_object(f"{name}: .{suffix}", content) if is_json else {suffix: content.decode(errors="replace")}
-        )
-        nested = {
-            f"{field}.{inner}": cell
-            for field, value in document.items()
-            if isinstance(value, dict)
-            for inner, cell in value.items()
-        }
-        for written, value in (document | nested).items():
-            field, text = written.encode(errors="replace").decode(), _as_text(value)  # no half of a surrogate pair
-            if not isinstance(value, (dict, list)) and fields.setdefault(field, text) != text and field in wanted:
-                raise DataError(f"{name}: .{suffix} has another value of {field} than the members before it")
+        document = parse_object(label, content) if is_json else {suffix: content.decode(errors="replace")}
+        for outer, values in [*document.items()]:
+            if isinstance(values, dict):
+                document |= {f"{outer}.{inner}": value for inner, value in values.items()}
+        for written, value in document.items():
+            if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+                value = int(value)
+            # JSON can spell half a surrogate pair, which is no text, and as Python writes it, NaN.
+            field, text = (str(part).encode(errors="replace").decode() for part in (written, value))
+            cell = None if value is None or value != value else text.strip() or None
+            if not isinstance(value, (dict, list)) and fields.setdefault(field, cell) != cell and field in wanted:
+                raise DataError(f"{label} has another value of {field} than the members before it")
     return fields
-
-
-def _as_text(value: object) -> str | None:
-    if value is None or value != value:  # JSON as Python writes it has NaN
-        return None
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        value = int(value)
-    # JSON can spell half a surrogate pair, which is no text.
-    return str(value).strip().encode(errors="replace").decode() or None
 
 
 def _join(samples: pa.Table, source: Source, text: pa.Table, note: Note) -> tuple[pa.Table, list[str]]:
@@ -238,7 +216,8 @@ def _demand_all(source: Source, samples: pa.Table, header: list[str], problems: 
         chosen = guessed | {name: field for name, field in columns.items() if name not in ("path", *absent)}
         needed = {"patient": KEY, "LABEL": next((field for field in known if field in TEXTS), "FIELD")}
         command = table.spell_command(folder, "webdataset", chosen, needed)
-        lines += [note for word, note in NOTES.items() if word in command]
+        lines += [f"patient={KEY} takes every image for another patient's"] if f"patient={KEY}" in command else []
+        lines += ["LABEL is one of CheXpert's 14"] if "LABEL=" in command else []
         lines.append(command)
     raise DataError("\n".join(lines))
 
