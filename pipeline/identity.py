@@ -5,7 +5,6 @@ the CRC-32 and length of its stored bytes. Ids are compared in this form; tables
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -47,13 +46,6 @@ def normalize_paths(paths: Names, parts: int = 1) -> pa.Array:
     slashed = pc.replace_substring(pc.utf8_trim_whitespace(_flatten(paths)), "\\", "/")
     bare = pc.replace_substring_regex(slashed, IMAGE_SUFFIX, "")
     return pc.replace_substring_regex(bare, rf"^.*?((?:[^/]+/){{0,{parts - 1}}}[^/]+)$", r"\1")
-
-
-def choose_paths(names: pa.Array) -> Normalize:
-    """`normalize_paths` with as few parts as make the names unique, as files in several folders may be named alike."""
-    total = pc.count_distinct(names)
-    counts = (parts for parts in range(1, 10) if pc.count_distinct(normalize_paths(names, parts)) == total)
-    return partial(normalize_paths, parts=next(counts, 10))
 
 
 def normalize_studies(names: Names) -> pa.Array:

@@ -22,7 +22,7 @@ from pipeline.measure.evaluate import Beside, Scored, calibrate, judge_scores, l
 from pipeline.measure.evaluation import Evaluation
 from pipeline.measure.scores import Scores, name_files, open_scores
 from pipeline.policies import evaluation_targets
-from pipeline.sources.load import load_tables
+from pipeline.sources.sets import load_tables
 from pipeline.sources.table import parse_columns
 
 HELD_OUT = 0.2  # of the patients of a table without splits, as dev

@@ -9,16 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline import labels
 from pipeline.base.errors import DataError
-from pipeline.labels import (
-    LABELS,
-    NOT_ANNOTATED,
-    describe_unknown,
-    find_label,
-    find_unannotated,
-    hash_fraction,
-    label_states,
-)
+from pipeline.labels import LABELS
 
 # The lowest and highest target that each gives an uncertain cell, on one side of 0.5; the mean is their middle.
 RANGES = {"zeros": (0.0, 0.0), "ones": (1.0, 1.0), "smooth-zeros": (0.0, 0.3), "smooth-ones": (0.55, 0.85)}
@@ -42,9 +35,9 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
     policy = dict(BEST_POLICY) if default == "best" else dict.fromkeys(LABELS, default)
     for override in overrides:
         name, _, value = override.partition("=")
-        label = find_label(name)
+        label = labels.find_label(name)
         if label is None:
-            raise DataError(f"uncertain policy '{override}': {describe_unknown(name, LABELS)}")
+            raise DataError(f"uncertain policy '{override}': {labels.describe_unknown(name, LABELS)}")
         if value not in UNCERTAIN_POLICIES:
             raise DataError(f"uncertain policy '{override}': choose from {', '.join(UNCERTAIN_POLICIES)}")
         policy[label] = value
@@ -77,8 +70,8 @@ def make_targets(
     stays -1 under `multiclass`, which names its class, and becomes its score in `teacher` [N, 14] under `selftrained`;
     raises DataError without a teacher. Cells that are not annotated are masked under every policy.
     """
-    states, is_blank = label_states(table)
-    mask = states != NOT_ANNOTATED
+    states, is_blank = labels.label_states(table)
+    mask = states != labels.NOT_ANNOTATED
     target = np.where(mask, states, 0).astype(np.float32)
     if blank == "ignore":
         mask &= ~is_blank
@@ -90,7 +83,7 @@ def make_targets(
             target[rows, column] = low
             if high > low:
                 keys = table["key"].take(rows).to_pylist()
-                draws = np.array([hash_fraction("smooth", seed, key, label) for key in keys])
+                draws = np.array([labels.hash_fraction("smooth", seed, key, label) for key in keys])
                 target[rows, column] = low + (high - low) * draws
         elif policy == "selftrained":
             if teacher is None:
@@ -126,7 +119,8 @@ def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
     uncertain = {label: policy.replace("selftrained", "ignore") for label, policy in uncertain.items()}
     # Any seed: each smoothing range lies on one side of 0.5.
     lacking = describe_one_class(*make_targets(table, uncertain, policies["blank"], seed=0))
-    return [text for label, text in lacking.items() if label not in find_unannotated(table)]  # no policy helps those
+    unannotated = labels.find_unannotated(table)  # no policy helps those
+    return [text for label, text in lacking.items() if label not in unannotated]
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[Floats, Bools]:

@@ -37,7 +37,7 @@ class Menu(click.Group):
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         if cmd_name == "shards" and "--help" not in sys.argv and not ctx.resilient_parsing:
             # The workers' imports take as long as its own.
-            start_server(["pipeline.etl.shards", "pipeline.sources.load"])
+            start_server(["pipeline.etl.shards", "pipeline.sources.sets"])
         command: click.Command = getattr(import_module(f"pipeline.cli.{COMMANDS[cmd_name][0]}"), cmd_name)
         return command
 

@@ -66,7 +66,7 @@ def stats(given: Stats) -> None:
 
     Shards may be at a URL: s3://bucket/shards. Several are counted together; --by set counts each.
     """
-    from pipeline.sources.load import load_tables
+    from pipeline.sources.sets import load_tables
     from pipeline.stream.cache import find_shards
 
     check_page(given.html)
@@ -109,7 +109,7 @@ def _render_page(
 ) -> str:
     from pipeline.look.label_report import render_label_report
     from pipeline.measure.audit import audit_labels
-    from pipeline.sources.load import load_tables
+    from pipeline.sources.sets import load_tables
     from pipeline.stream.cache import redact
 
     split, views, sources = given.split, given.views, [path for path, _ in shards]
@@ -152,7 +152,7 @@ def audit(given: Auditing) -> int:
     """
     from pipeline.look.label_report import print_audit
     from pipeline.measure.audit import audit_labels
-    from pipeline.sources.load import learned_splits, load_tables
+    from pipeline.sources.sets import learned_splits, load_tables
 
     sources, split, views = given.sources, given.split, given.views
     are_shards = all((source / NAME).is_file() for source in sources)

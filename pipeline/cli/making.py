@@ -26,7 +26,7 @@ from pipeline.look.label_report import print_report
 from pipeline.manifest import concat_labels, describe_notes, find_restriction
 from pipeline.measure.counts import count_labels, describe_views
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, parse_uncertain_policy
-from pipeline.sources.sets import OWN, SETS, find_source, find_terms
+from pipeline.sources.sets import OWN, SETS, describe_shards, find_source, find_terms
 from pipeline.sources.table import guess_command, parse_columns
 from pipeline.sources.words import parse_values
 from pipeline.synthetic.sample import Shortcut, parse_shortcut, write_sample
@@ -190,8 +190,6 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
     same command continues a run that was stopped or killed, and restores missing or damaged files of finished
     shards. SOURCE and OUT may be s3://bucket/prefix. For a table of your own, start with: pipeline shards TABLE --guess
     """
-    from pipeline.sources.load import describe_shards
-
     if given.guess:
         echo(name_options(guess_command(given.source)))
         return 0

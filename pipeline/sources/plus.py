@@ -23,7 +23,6 @@ from pipeline.sources import chexpert
 from pipeline.sources.source import AGE, Column, DataSet, Source, divide, make_table, read_terms, take_states
 
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
-SPLITS = ("train", "valid")
 
 
 class Plus(DataSet):
@@ -33,9 +32,8 @@ class Plus(DataSet):
         """The table and the labels; None without the table. Raises DataError if there are no labels."""
         tables = super().find_tables(folder)
         if tables and len(tables) == 1:
-            raise DataError(
-                f"{folder}: missing beside {self.tables['table'][0]}: any of {', '.join(LABEL_FILES)}, train.csv"
-            )
+            files = ", ".join(LABEL_FILES)
+            raise DataError(f"{folder}: missing beside {self.tables['table'][0]}: any of {files}, train.csv")
         chosen = ("table", "labels") if tables and "labels" in tables else tuple(self.tables)
         return tables and {role: path for role, path in tables.items() if role in chosen}
 
@@ -52,7 +50,7 @@ class Plus(DataSet):
         names, by = labels["path"], partial(normalize_paths, parts=3)
         place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by)
         table = make_table(fields, take_states(labels.combine_chunks(), place), self.facts)
-        return divide(table, fields["split"], {split: split for split in SPLITS})
+        return divide(table, fields["split"], {split: split for split in ("train", "valid")})
 
 
 def _read_json(path: Path) -> pa.Table:

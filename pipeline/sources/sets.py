@@ -1,9 +1,9 @@
-"""The supported datasets, each asked in turn whether a folder holds it.
+"""SOURCE (a dataset's folder, shards, or one CSV) → its set, its tables and its images' folders, or one label table.
 
 To add a set, write a module that ends in a `DataSet`, and add a line to SETS.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,8 +11,14 @@ import pyarrow as pa
 from pipeline.base.csvs import read_header
 from pipeline.base.errors import DataError
 from pipeline.base.store import check_access, list_files, list_folders, named_failures
-from pipeline.manifest import read_manifest
+from pipeline.identity import Note, describe_repeats, ignore, name_patients, spell_alike
+from pipeline.images import Original
+from pipeline.labels import LABELS, select_views
+from pipeline.manifest import NAME, concat_labels, find_notes, name_facts, read_manifest, read_table, renumber
+from pipeline.measure.counts import describe_views
+from pipeline.policies import find_one_class
 from pipeline.sources import chexpert, mimic, nih, padchest, plus, table, vindr, webdataset
+from pipeline.sources.facts import join_facts
 from pipeline.sources.source import DataSet, Source, Terms, read_terms
 from pipeline.sources.table import guess_command
 
@@ -47,9 +53,8 @@ def find_source(
 ) -> Source:
     """The tables of `folder`, or the CSVs named in `splits`, and every folder that may hold images.
 
-    `name` forces a set; otherwise each is asked in turn. For the sets OWN, `folder` may be a CSV or tar, and `columns`
-    are those to read. `facts` are files to join, `called` is `Source.name`. Raises DataError for a folder or file that
-    does not exist, and if no set is found.
+    `name` forces a set; otherwise each is asked in turn. For the sets OWN, `folder` may be a CSV or tar. `called` is
+    `Source.name`. Raises DataError for a folder or file that does not exist, and if no set is found.
     """
     for path in (folder, *splits.values(), *roots, *facts):
         check_access(path)
@@ -103,7 +108,7 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
             tables = kind.find_tables(folder)
             if tables is not None:
                 return candidate, tables
-        if (folder / "manifest.json").is_file():
+        if (folder / NAME).is_file():
             raise DataError(
                 f"{folder}: holds shards, not a data set: name the data set first, then the folder of shards to write"
             )
@@ -114,7 +119,7 @@ def find_set(folder: Path, name: str | None = None) -> tuple[str, dict[str, Path
     names = sorted(path.name for path in list_files(folder))
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     content = f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it is empty"
-    shards = [name for name in list_folders(folder)[:FOLDERS] if (folder / name / "manifest.json").is_file()]
+    shards = [name for name in list_folders(folder)[:FOLDERS] if (folder / name / NAME).is_file()]
     meant = f"; did you mean the shards {folder / shards[0]}?" if shards else ""
     advice = f"\nFor a table of your own: {guess_command(folder)}" if name in (None, "table") else ""
     raise DataError(f"{folder}: no dataset with {wanted}; {content}{meant}{advice}")
@@ -125,3 +130,79 @@ def read_any_table(csv: Path) -> pa.Table:
     header = read_header(csv)
     kinds = (kind for kind in KNOWN.values() if next(iter(kind.columns)) in header)
     return next(kinds, chexpert.SET).read_table(csv)
+
+
+def load_tables(
+    sources: Sequence[Path],
+    split: str | None,
+    views: str,
+    facts: Sequence[Path] = (),
+    *,
+    audited: bool = False,
+    keyed: bool = False,
+    note: Note = ignore,
+) -> pa.Table:
+    """The label table of some sources: one split, or all of them one after the other.
+
+    Its facts, but for those of `images.Original`, follow the labels; `facts` are files of more. If `audited`, it has
+    the facts of the originals, too, and without a split only the rows to learn from; if `keyed`, these facts and the
+    images' keys. Of several sources, it has the column `set`, and patients are different unless their sets share names
+    of patients. Raises DataError if a source, the split or the views do not exist.
+    """
+    parts = []
+    for place, source in enumerate(sources):
+        tables, name, patients, named = _read_source(source, split, note)
+        tables = join_facts(spell_alike(tables), facts, note, numbers_studies(name, named))
+        columns = [*(["key"] if keyed else []), "patient", "study", "view", "sex", "age", "projection", *LABELS]
+        further = name_facts(next(iter(tables.values())))
+        columns += [name for name in further if audited or keyed or name not in Original._fields]
+        if audited and split is None:
+            tables = {name: tables[name] for name in learned_splits(tables)}
+        rows = select_views(pa.concat_tables([part.select(columns) for part in tables.values()]), views)
+        if rows.num_rows == 0:
+            raise DataError(f"{source}: no {views} images")
+        if len(sources) > 1:
+            rows = renumber(rows, named, place)
+            apart = name_patients(rows["patient"], patients)
+            rows = rows.set_column(rows.schema.get_field_index("patient"), "patient", apart)
+            rows = rows.append_column("set", pa.array([name] * len(rows), pa.string()))
+        parts.append(rows)
+    return concat_labels(parts)
+
+
+def _read_source(source: Path, split: str | None, note: Note) -> tuple[dict[str, pa.Table], str, str, dict[str, str]]:
+    """Its tables by split, the names of its set and of its patients' namespace, and the columns that the user named."""
+    if source.is_file():
+        if split is not None:
+            raise DataError(f"{source} is one CSV without splits; leave out its split")
+        return {"all": read_any_table(source)}, str(source), str(source), {}
+    if (source / NAME).is_file():
+        manifest = read_manifest(source)
+        names = manifest.splits if split is None else [split]
+        tables = {name: read_table(source, manifest.split(name)) for name in names}
+        return tables, manifest.dataset["name"], manifest.dataset["patients"], manifest.columns
+    set_name, csvs = find_set(source)
+    tables = SETS[set_name].read(Source(csvs, (source,), set_name), note)
+    if split is not None and split not in tables:
+        raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
+    terms, chosen = SETS[set_name].terms, {name: table for name, table in tables.items() if split in (None, name)}
+    return chosen, terms.name, terms.patients, {}
+
+
+def learned_splits(names: Iterable[str]) -> list[str]:
+    """Train and dev, as other splits must stay unseen; all splits if there is no train."""
+    names = list(names)
+    return [name for name in names if name in ("train", "dev") or "train" not in names]
+
+
+def describe_shards(folder: Path) -> tuple[str, list[str], list[str], dict[str, list[str]]]:
+    """What there is to say of some shards, by their tables.
+
+    How many studies have which views, "" unless shards hold complete studies; the labels that the shards' policies
+    leave with one class in train; images in two splits; and the images of each note, as `find_notes`.
+    """
+    manifest = read_manifest(folder)
+    tables = {name: read_table(folder, split) for name, split in manifest.splits.items()}
+    views = describe_views(concat_labels([*tables.values()])) if manifest.options["views"] == "all" else ""
+    one_class = find_one_class(tables["train"], manifest.policies) if "train" in tables else []
+    return views, one_class, describe_repeats(tables), find_notes(tables.values())

@@ -9,6 +9,7 @@ which split a tar belongs to.
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import parse_object
 from pipeline.base.store import is_remote, list_files, open_to_read
 from pipeline.base.tar import Member, read_members
-from pipeline.identity import Note, choose_paths, ignore, join
+from pipeline.identity import Note, ignore, join, normalize_paths
 from pipeline.labels import LABELS
 from pipeline.sources import table
 from pipeline.sources.source import DataSet, Source, divide, make_key, read_terms
@@ -179,7 +180,11 @@ def _join(samples: pa.Table, source: Source, text: pa.Table, note: Note) -> tupl
     named = [name for name in text.column_names if name in columns.values() and name != KEY]
     demand_columns(path, text.column_names, [column, *named])
     keys, chosen = samples[KEY].combine_chunks(), text.select(named)
-    rows = join(keys, path, chosen, text[column], "images", note, choose_paths(keys))
+    # By as few parts of paths as make the keys unique, as files in several folders may be named alike.
+    total = pc.count_distinct(keys)
+    enough = (parts for parts in range(1, 10) if pc.count_distinct(normalize_paths(keys, parts)) == total)
+    by = partial(normalize_paths, parts=next(enough, 10))
+    rows = join(keys, path, chosen, text[column], "images", note, by)
     problems = []
     for name in chosen.column_names:
         if name in samples.column_names:

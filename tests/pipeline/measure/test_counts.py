@@ -15,8 +15,7 @@ from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.look.label_report import draw_cooccurrence, draw_states
 from pipeline.measure.counts import count_cooccurrence, count_groups, count_labels
 from pipeline.policies import make_targets, parse_uncertain_policy
-from pipeline.sources.load import load_tables
-from pipeline.sources.sets import read_any_table
+from pipeline.sources.sets import load_tables, read_any_table
 from tests.conftest import Shards, run_pipeline
 
 

@@ -16,8 +16,7 @@ from pipeline.base.files import hash_file
 from pipeline.images import Original
 from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.facts import join_facts
-from pipeline.sources.load import load_tables
-from pipeline.sources.sets import read_any_table
+from pipeline.sources.sets import load_tables, read_any_table
 from tests.conftest import refused, run_pipeline
 from tests.layouts import SETS, read_cases
 

@@ -15,7 +15,7 @@ from pipeline import DataError, open_shards
 from pipeline.identity import NAMED
 from pipeline.labels import count_rows
 from pipeline.manifest import checksum, read_manifest, read_table
-from pipeline.sources.load import load_tables
+from pipeline.sources.sets import load_tables
 from pipeline.stream.dataset import read_shards
 from pipeline.stream.select import mix_weights
 from tests.conftest import default_options, make_shards, refused, run_pipeline, write_chexpert
