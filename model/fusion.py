@@ -9,7 +9,7 @@ treated alike and all views count equally, so a network that starts from a run o
 import torch
 from torch import Tensor, nn
 
-from model.networks import as_head, find_head
+from model.networks import Head, find_head
 from pipeline.labels import PROJECTIONS
 
 
@@ -29,9 +29,8 @@ class StudyNetwork(nn.Module):
         self.backbone, self.head = network.requires_grad_(not frozen), head
         self.projection = nn.Parameter(torch.zeros(len(PROJECTIONS), 2, head.in_features))  # scale - 1, and shift
         if fusion == "attention":
-            # Zero: equal weights for all views.
-            self.attention = as_head(nn.Linear(head.in_features, head.out_features, bias=False))
-            nn.init.zeros_(self.attention.weight)
+            self.attention = Head(nn.Linear(head.in_features, head.out_features, bias=False))
+            nn.init.zeros_(self.attention.weight)  # equal weights for all views
 
     def train(self, mode: bool = True) -> "StudyNetwork":
         """As in torch, except that a frozen backbone stays in evaluation mode."""
@@ -51,17 +50,12 @@ class StudyNetwork(nn.Module):
         scale, shift = torch.cat([self.projection, unknown])[projection.long()].unbind(1)
         features = self.backbone(images) * (1 + scale) + shift
         if self.fusion == "attention":
-            views = _spread(self.head(features), present)
-            weights = _spread(self.attention(features), present)
-            hidden = torch.finfo(weights.dtype).min
-            weights = weights.masked_fill(~present[..., None], hidden).softmax(dim=1)
-            return (views * weights).sum(dim=1)
-        spread = _spread(features, present)
+            weights = _spread(self.attention(features), present, hide=True).softmax(dim=1)
+            return (_spread(self.head(features), present) * weights).sum(dim=1)
         if self.fusion == "mean":
-            pooled = spread.sum(dim=1) / present.sum(dim=1, keepdim=True)
+            pooled = _spread(features, present).sum(dim=1) / present.sum(dim=1, keepdim=True)
         else:
-            hidden = torch.finfo(spread.dtype).min
-            pooled = spread.masked_fill(~present[..., None], hidden).amax(dim=1)
+            pooled = _spread(features, present, hide=True).amax(dim=1)
         logits: Tensor = self.head(pooled)
         return logits
 
@@ -79,6 +73,7 @@ def begin_training(network: nn.Module) -> None:
     network.train(all(learns) or isinstance(network, StudyNetwork))
 
 
-def _spread(values: Tensor, present: Tensor) -> Tensor:
-    """Values [N, F] of the present views, put at their places [B, V, F]; zeros elsewhere."""
-    return values.new_zeros(*present.shape, values.shape[1]).masked_scatter(present[..., None], values)
+def _spread(values: Tensor, present: Tensor, hide: bool = False) -> Tensor:
+    """Values [N, F] of the present views, put at their places [B, V, F]; elsewhere 0 or, to hide them, the least."""
+    absent = torch.finfo(values.dtype).min if hide else 0.0
+    return values.new_full((*present.shape, values.shape[1]), absent).masked_scatter(present[..., None], values)

@@ -14,7 +14,7 @@ from pipeline.base.errors import DataError, needs
 from pipeline.labels import PROJECTIONS
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    from timm.models import PretrainedCfg
 
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "densenet121", "convnext_tiny")
 ARCHITECTURES = (*TORCHVISION, "rescnn")
@@ -116,17 +116,21 @@ def split_arch(arch: str) -> tuple[str, dict[str, Any]]:
 
 def check_arch(arch: str) -> str:
     """The name, if a network has it. Raises DataError, which for timm suggests close names."""
-    if arch in ARCHITECTURES:
-        return arch
-    if not arch.startswith(TIMM):
+    if arch not in ARCHITECTURES and find_config(arch) is None:
         raise DataError(f"'{arch}' is not one of {', '.join(map(repr, ARCHITECTURES))}, or 'timm/NAME'")
-    timm, name = import_timm(arch), split_arch(arch)[0]
-    try:
+    return arch
+
+
+def find_config(arch: str) -> "PretrainedCfg | None":
+    """The facts of timm about a network: weights and input; None for networks of others. Raises DataError."""
+    if not arch.startswith(TIMM):
+        return None
+    with needs("timm", f"'{arch}'"):
+        import timm  # here, because it takes seconds
+    name = split_arch(arch)[0]
+    with contextlib.suppress(RuntimeError):  # the network has no such weights
         if timm.is_model(name):
-            timm.get_pretrained_cfg(name)
-            return arch
-    except RuntimeError:  # the network has no such weights
-        pass
+            return timm.get_pretrained_cfg(name)
     close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained())
     hint = f"; there are {', '.join(TIMM + known for known in close)}" if close else ""
     raise DataError(f"'{arch}': timm {timm.__version__} has no such network{hint}")
@@ -134,24 +138,15 @@ def check_arch(arch: str) -> str:
 
 def has_weights(arch: str) -> bool:
     """Whether a network has pretrained weights to download."""
-    if not arch.startswith(TIMM):
-        return arch in TORCHVISION
-    return bool(import_timm(check_arch(arch)).get_pretrained_cfg(split_arch(arch)[0]).has_weights)
+    config = find_config(arch)
+    return arch in TORCHVISION if config is None else bool(config.has_weights)
 
 
 def own_input(arch: str) -> Input | None:
     """The input that a network of timm was made for; None for others, which take any size and the shards' scale."""
-    if not arch.startswith(TIMM):
+    config = find_config(arch)
+    if config is None:
         return None
-    timm = import_timm(check_arch(arch))
-    config = timm.get_pretrained_cfg(split_arch(arch)[0])
     mean, std = (255 * sum(values) / len(values) for values in (config.mean, config.std))
     size = "x".join(map(str, dict.fromkeys(config.input_size[1:])))
     return Input(size, config.fixed_input_size, round(mean, 4), round(std, 4))
-
-
-def import_timm(arch: str) -> "ModuleType":
-    """Import timm. Raises DataError if it is missing."""
-    with needs("timm", f"'{arch}'"):
-        import timm  # here, because it takes seconds
-    return timm

@@ -10,16 +10,14 @@ import contextlib
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import CheckpointError, cannot_download, hub_path
-from model.initial import Start
-from model.names import TIMM, import_timm, own_input, parse_shape, split_arch
+from model.checkpoint import CheckpointError, Start, cannot_download, hub_path
+from model.names import find_config, own_input, parse_shape, split_arch
 from pipeline.base.errors import DataError, SettingError
 from pipeline.labels import LABELS
 
@@ -39,19 +37,17 @@ _RENAMED = (
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"(?:^|\.)layernorm\.", "norm."),
 )
-_PARTS = re.compile(r"(?:^|(?<=\.))")  # where a part of a tensor's name begins
-_OF_IMAGENET = "trained on ImageNet, whose terms are for non-commercial research"
 
 
 def weights_terms(arch: str) -> str:
     """The terms of the weights that `pretrained` loads."""
-    if arch.startswith(TIMM):
-        config = import_timm(arch).get_pretrained_cfg(split_arch(arch)[0])
-        about = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
-        license_of = config.license or "license not stated"
-        name = f"{config.architecture}.{config.tag}"
-        return f"timm's weights {name}: {license_of}; trained on what {about} names, on its terms"
-    return f"torchvision's ImageNet weights: BSD-3-Clause; {_OF_IMAGENET}"
+    config = find_config(arch)
+    if config is None:
+        terms = "BSD-3-Clause; trained on ImageNet, whose terms are for non-commercial research"
+        return f"torchvision's ImageNet weights: {terms}"
+    about = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
+    name, terms = f"{config.architecture}.{config.tag}", config.license or "license not stated"
+    return f"timm's weights {name}: {terms}; trained on what {about} names, on its terms"
 
 
 def build_network(arch: str, outputs: int, shape: tuple[int, int] | None = None, pretrained: bool = False) -> nn.Module:
@@ -60,20 +56,29 @@ def build_network(arch: str, outputs: int, shape: tuple[int, int] | None = None,
     `pretrained` loads ImageNet weights, except into a classifier of another size. Raises CheckpointError if they do
     not exist or cannot be downloaded, and DataError for an unknown network.
     """
+    if find_config(arch) is not None:
+        return _build_timm(arch, outputs, shape, pretrained)
     if arch == "rescnn":
         if pretrained:
             raise CheckpointError(f"rescnn has no ImageNet weights; {_OTHER_WAYS}")
-        return _with_head(ResCNN(outputs))
-    if own_input(arch) is not None:
-        return _build_timm(arch, outputs, shape, pretrained)
-    from torchvision.models import get_model  # here, because it takes seconds
+        network: nn.Module = ResCNN(outputs)
+    else:
+        from torchvision.models import get_model, get_model_weights  # here, because it takes seconds
 
-    network: nn.Module = _with_head(get_model(arch, weights=None, num_classes=outputs))
-    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
-    stem.in_channels = 1
-    stem.weight = nn.Parameter(_over_gray(stem.weight.detach()))
+        network = get_model(arch, weights=None, num_classes=outputs)
+        stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+        stem.in_channels, stem.weight = 1, nn.Parameter(stem.weight.detach().sum(dim=1, keepdim=True))
+    path, layer = find_head(network)
+    network.set_submodule(path, Head(layer))
     if pretrained:
-        load_initial(network, Start(Path(arch), "", _download_imagenet(arch)))
+        weights = get_model_weights(arch).DEFAULT
+        what, place = f"the ImageNet weights of {arch}", hub_path(weights.url)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # torch announces a download
+                state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+        except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
+            raise CheckpointError(cannot_download(what, weights.url, error, place) + _WITHOUT) from error
+        load_initial(network, Start(Path(arch), "", state))
     return network
 
 
@@ -91,20 +96,18 @@ def check_shape(arch: str, shape: tuple[int, int]) -> None:
             return
         fault = f"the sides must be multiples of {' and '.join(map(str, dict.fromkeys(patch)))}"
     own = own_input(arch)
-    raise SettingError(
-        f"`arch` {arch} takes no images of {shape[0]}×{shape[1]}: {fault}; its own `image_size` is {own and own.size}"
-    )
+    why = f"takes no images of {shape[0]}×{shape[1]}: {fault}"
+    raise SettingError(f"`arch` {arch} {why}; its own `image_size` is {own and own.size}")
 
 
 def _create_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrained: bool = False) -> nn.Module:
     """A network as timm makes it, for gray images of this shape."""
     own, (name, options) = own_input(arch), split_arch(arch)
+    import timm  # which `own_input` has found
+
     if own is not None and own.fixed and shape not in (None, parse_shape(own.size)):
         options["img_size"] = shape
-    made: nn.Module = import_timm(arch).create_model(
-        name, pretrained=pretrained, in_chans=1, num_classes=outputs, **options
-    )
-    return made
+    return timm.create_model(name, pretrained=pretrained, in_chans=1, num_classes=outputs, **options)
 
 
 def _build_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrained: bool) -> nn.Module:
@@ -114,10 +117,10 @@ def _build_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrain
     except Exception as error:  # no connection, no weights, a damaged file in the cache
         if not pretrained:
             raise
-        config = import_timm(arch).get_pretrained_cfg(split_arch(arch)[0])
-        if not config.has_weights:
+        config = find_config(arch)
+        if config is None or not config.has_weights:
             raise CheckpointError(f"{arch} has no weights in timm; {_OTHER_WAYS}") from None
-        url = config.url
+        url = str(config.url)
         if config.hf_hub_id:
             file = config.hf_hub_filename or "model.safetensors"
             url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
@@ -125,8 +128,7 @@ def _build_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrain
     last = network.get_classifier() if hasattr(network, "get_classifier") else None  # type: ignore[operator]
     if not isinstance(last, nn.Linear):
         raise DataError(f"'{arch}' ends in {type(last).__name__} and not in one linear layer: choose another `arch`")
-    path = next(path for path, module in network.named_modules() if module is last)
-    network.set_submodule(path, as_head(last))
+    network.set_submodule(next(path for path, module in network.named_modules() if module is last), Head(last))
     return network
 
 
@@ -136,9 +138,10 @@ class Head(nn.Linear):
     In bf16 its outputs would have 8 bits: two thirds of an evaluation's scores would tie with others.
     """
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        # On meta: `as_head` sets the parameters, and the random generator must not advance.
-        super().__init__(inputs, outputs, bias, device="meta")
+    def __init__(self, layer: nn.Linear) -> None:
+        # On meta, with the layer's parameters set afterwards: the random generator must not advance.
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, features: Tensor) -> Tensor:
         """Outputs [B, outputs] of features [B, inputs]."""
@@ -148,25 +151,10 @@ class Head(nn.Linear):
             return super().forward(features.float())
 
 
-def as_head(layer: nn.Linear) -> Head:
-    """The layer, with the same parameters, as a Head."""
-    head = Head(layer.in_features, layer.out_features, layer.bias is not None)
-    head.weight, head.bias = layer.weight, layer.bias
-    return head
-
-
 def find_head(network: nn.Module) -> tuple[str, nn.Linear]:
     """The Head, or else the last linear layer, and its path in the network."""
-    layers = [named for named in network.named_modules() if isinstance(named[1], nn.Linear)]
-    path, layer = next((named for named in layers if isinstance(named[1], Head)), layers[-1])
-    return path, layer
-
-
-def _with_head(network: nn.Module) -> nn.Module:
-    """The network, with its last linear layer turned into a Head."""
-    path, layer = find_head(network)
-    network.set_submodule(path, as_head(layer))
-    return network
+    layers = [(path, layer) for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+    return next((named for named in layers if isinstance(named[1], Head)), layers[-1])
 
 
 def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABELS, needed: Sequence[str] = ()) -> str:
@@ -177,7 +165,7 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
     lacks, or if a `needed` output is not loaded.
     """
     own, head = network.state_dict(), find_head(network)[0]
-    given, dropped = _rename(network, start.weights, start.size, str(start.path))
+    given, dropped = _rename(network, start)
     rows = {outputs.index(name): row for row, name in enumerate(start.outputs) if name in outputs}
     for name in (f"{head}.weight", f"{head}.bias"):
         part = given.pop(name, None)
@@ -197,10 +185,8 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
     deeper = [name for name in surplus if re.sub(r"\d+", "#", name) in kinds]
     if share < LEAST or deeper:
         fault = f"{_list_tensors(deeper)} are too many" if deeper else f"{_list_tensors(fresh)} are missing or differ"
-        raise CheckpointError(
-            f"{start.path}: not weights of this network, of whose backbone they are {share:.0%}: {fault}; they must be "
-            "of the same `arch`"
-        )
+        fault = f"not weights of this network, of whose backbone they are {share:.0%}: {fault}"
+        raise CheckpointError(f"{start.path}: {fault}; they must be of the same `arch`")
     lacking = [name for number, name in enumerate(outputs) if number not in rows]
     headless = f"{head}.weight" in fresh
     if missing := [name for name in needed if headless or name in lacking]:
@@ -212,26 +198,22 @@ def load_initial(network: nn.Module, start: Start, outputs: Sequence[str] = LABE
     return summary + (f"; left out: {_list_tensors(surplus + dropped)}" if surplus or dropped else "")
 
 
-def _rename(
-    network: nn.Module, weights: Mapping[str, Tensor], size: str, source: str
-) -> tuple[dict[str, Tensor], list[str]]:
+def _rename(network: nn.Module, start: Start) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a file under the network's names, and the names of tensors that are not of this network.
 
     The network's names follow the prefix that most of them have in the file (`module.`, `teacher.backbone.`,
     `visual.trunk.`, …). timm converts other layouts of a network, and resamples position tables and patch embeddings
-    from those of images of `size` (empty: timm guesses). Raises CheckpointError.
+    from those of images of the file's size (empty: timm guesses).
     """
-    own = network.state_dict()
-    tensors: dict[str, Tensor] = {}
+    own, tensors = network.state_dict(), dict[str, Tensor]()
     patterns = [(pattern, new) for pattern, new in _RENAMED if not any(re.search(pattern, name) for name in own)]
-    for name, value in weights.items():
+    for name, value in start.weights.items():
         for pattern, new in patterns:
             name = re.sub(pattern, new, name)
         tensors[name] = value
-    # Of each name, what precedes an end that the network knows is a prefix.
-    prefixes = Counter(
-        name[: match.start()] for name in tensors for match in _PARTS.finditer(name) if name[match.start() :] in own
-    )
+    # Of each name, what precedes an end that the network knows is a prefix; ends begin at the start or after a dot.
+    cuts = ((name, match.start()) for name in tensors for match in re.finditer(r"^|(?<=\.)", name))
+    prefixes = Counter(name[:start] for name, start in cuts if name[start:] in own)
     prefix = max(prefixes, key=lambda text: (prefixes[text], "student" not in text), default="")
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     others = [name for name in tensors if not name.startswith(prefix)]
@@ -240,19 +222,19 @@ def _rename(
         given[name.replace(".query.", ".qkv.")] = torch.cat(parts)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if convert is not None and type(network).__module__.startswith("timm."):
-        if size:  # by which timm tells the grid of positions
-            network.pretrained_model_args = {"img_size": parse_shape(size)}  # type: ignore[assignment]
+        if start.size:  # by which timm tells the grid of positions
+            network.pretrained_model_args = {"img_size": parse_shape(start.size)}  # type: ignore[assignment]
         before = given
         try:
             given = convert(dict(before), network)
         except Exception as error:  # of any type, from timm
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{source}: not weights of this network: {reason}") from error
+            raise CheckpointError(f"{start.path}: not weights of this network: {reason}") from error
         kept = {id(value) for value in given.values()}
         others += [name for name, value in before.items() if name not in given and id(value) not in kept]
     stem = next(f"{name}.weight" for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
     if stem in given and given[stem].shape[1:2] == (3,):
-        given[stem] = _over_gray(given[stem])
+        given[stem] = given[stem].sum(dim=1, keepdim=True)
     return given, others
 
 
@@ -261,27 +243,6 @@ def _list_tensors(names: Sequence[str]) -> str:
     if len(names) <= 4:
         return ", ".join(names)
     return ", ".join(f"{part} ({count})" for part, count in Counter(name.partition(".")[0] for name in names).items())
-
-
-def _download_imagenet(arch: str) -> Mapping[str, Any]:
-    """The default weights of torchvision, from its cache if present."""
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(arch).DEFAULT
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # torch announces a download
-            state: Mapping[str, Any] = weights.get_state_dict(
-                progress=False, check_hash=True, weights_only=True, map_location="cpu"
-            )
-    except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-        what, place = f"the ImageNet weights of {arch}", hub_path(weights.url)
-        raise CheckpointError(cannot_download(what, weights.url, error, place) + _WITHOUT) from error
-    return state
-
-
-def _over_gray(weight: Tensor) -> Tensor:
-    """Weights [C, 1, k, k] for gray images, equivalent to weights [C, 3, k, k] applied to three copies."""
-    return weight.sum(dim=1, keepdim=True)
 
 
 class ResCNN(nn.Module):
@@ -294,11 +255,12 @@ class ResCNN(nn.Module):
     def __init__(self, outputs: int, widths: tuple[int, ...] = (32, 64, 128, 256)) -> None:
         super().__init__()
         channels = widths[0]
-        stem = _conv_norm(1, channels, kernel=5, stride=2)
-        self.stem = nn.Sequential(*stem, nn.ReLU(), nn.MaxPool2d(3, 2, 1))
-        blocks: list[nn.Module] = []
+        self.stem = nn.Sequential(*_convolve((1, channels, 5, 2)), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        blocks = []
         for width in widths:
-            blocks += [residual_block(channels, width, stride=width // channels), bottleneck_block(width)]
+            blocks.append(_Residual((channels, width, 3, width // channels), (width, width, 3, 1)))
+            middle = width // 2
+            blocks.append(_Residual((width, middle, 1, 1), (middle, middle, 3, 1), (middle, width, 1, 1)))
             channels = width
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs))
@@ -313,40 +275,24 @@ class ResCNN(nn.Module):
 
 
 class _Residual(nn.Module):
-    """ReLU(branch(x) + shortcut(x)), He et al., 2016."""
+    """ReLU(branch(x) + shortcut(x)), He et al., 2016; if the shape changes, the shortcut is a strided convolution."""
 
-    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+    def __init__(self, *shapes: tuple[int, int, int, int]) -> None:
         super().__init__()
-        self.branch = branch
-        self.shortcut = shortcut
+        (inputs, _, _, stride), (_, outputs, _, _) = shapes[0], shapes[-1]
+        self.branch = _convolve(*shapes)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else _convolve((inputs, outputs, 1, stride))
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.relu(self.branch(features) + self.shortcut(features))
 
 
-def residual_block(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """Two 3×3 convolutions around a shortcut, which is a strided 1×1 convolution if the shape changes."""
-    branch = nn.Sequential(
-        *_conv_norm(inputs, outputs, kernel=3, stride=stride), nn.ReLU(), *_conv_norm(outputs, outputs, kernel=3)
-    )
-    same = stride == 1 and inputs == outputs
-    shortcut = nn.Identity() if same else nn.Sequential(*_conv_norm(inputs, outputs, kernel=1, stride=stride))
-    return _Residual(branch, shortcut)
-
-
-def bottleneck_block(channels: int) -> nn.Module:
-    """1×1 down to half the channels, 3×3, 1×1 back up, around an identity shortcut."""
-    middle = channels // 2
-    branch = nn.Sequential(
-        *_conv_norm(channels, middle, kernel=1),
-        nn.ReLU(),
-        *_conv_norm(middle, middle, kernel=3),
-        nn.ReLU(),
-        *_conv_norm(middle, channels, kernel=1),
-    )
-    return _Residual(branch, nn.Identity())
-
-
-def _conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    return convolution, nn.BatchNorm2d(outputs)
+def _convolve(*shapes: tuple[int, int, int, int]) -> nn.Sequential:
+    """Convolutions of these inputs, outputs, kernels and strides, each with a BatchNorm; with ReLUs between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel, stride in shapes:
+        layers += [nn.ReLU()] if layers else []
+        layers.append(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False))
+        layers.append(nn.BatchNorm2d(outputs))
+    return nn.Sequential(*layers)

@@ -36,7 +36,7 @@ from pipeline.measure.metrics import COMPETITION
 from pipeline.policies import BLANK_HELP, UNCERTAIN_HELP, check_blank_policy, choose_policy, parse_uncertain_policy
 
 if TYPE_CHECKING:
-    from model.initial import Start
+    from model.checkpoint import Start
     from model.ranks import Ranks
     from pipeline.stream.dataset import Shards
 
@@ -411,7 +411,7 @@ def open_start(config: Config, init: Path | None) -> "Start | None":
     """The weights to start from."""
     if init is None:
         return None
-    from model.initial import read_start
+    from model.checkpoint import read_start
 
     return read_start(init, config.init_labels)
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from model.augment import equalize
-from model.checkpoint import CheckpointError, load_checkpoint, refused, save_checkpoint
+from model.checkpoint import CheckpointError, Entry, load_checkpoint, refused, save_checkpoint
 from model.fusion import StudyNetwork
-from model.initial import Entry
 from model.names import own_input
 from model.networks import weights_terms
 from model.optim import scheduled_lr

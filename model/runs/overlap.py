@@ -19,8 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from model.checkpoint import load_checkpoint, refused
-from model.initial import UNKNOWN, Entry, hand_on
+from model.checkpoint import UNKNOWN, Entry, hand_on, load_checkpoint, refused
 from model.runs.config import read_members
 from model.runs.run import Run, open_images, selected_splits
 from pipeline.base.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.initial import Start
+from model.checkpoint import Start
 from model.networks import build_network, load_initial
 from model.runs.config import (
     Assessment,

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from model.initial import Start
+from model.checkpoint import Start
 from model.predict import choose_precision, find_device
 from model.ranks import ALONE, Ranks
 from model.runs.config import (

@@ -13,8 +13,7 @@ import torch
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 
-from model.checkpoint import CheckpointError
-from model.initial import read_start
+from model.checkpoint import CheckpointError, read_start
 from model.names import published, split_arch
 from model.networks import build_network, find_head, load_initial
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
-from model.checkpoint import CheckpointError
-from model.initial import read_start
+from model.checkpoint import CheckpointError, read_start
 from model.names import ARCHITECTURES
 from model.networks import build_network, load_initial
 from pipeline.labels import LABELS

@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.augment import normalize
-from model.checkpoint import CheckpointError
-from model.initial import UNKNOWN, read_start
+from model.checkpoint import UNKNOWN, CheckpointError, read_start
 from model.names import published
 from model.networks import build_network, load_initial
 from model.runs.config import Config, Setup, parse_initial

@@ -11,8 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from model.checkpoint import CheckpointError, load_checkpoint
-from model.initial import read_start
+from model.checkpoint import CheckpointError, load_checkpoint, read_start
 from model.names import Input, check_arch, own_input
 from model.networks import Head, build_network, find_head, load_initial
 from model.runs.config import Config, Setup
