@@ -33,8 +33,7 @@ UNIFORM = 3**0.5  # largest value of an equalized image
 
 def normalize(images: Tensor, mean: float, std: float) -> Tensor:
     """Images in gray levels as float32 with zero mean and unit variance; `mean` and `std` are in gray levels."""
-    normalized: Tensor = (images.float() - mean) / std
-    return normalized
+    return images.float().sub(mean).div(std)
 
 
 def augment(
@@ -46,22 +45,25 @@ def augment(
     places: npt.NDArray[np.int64] | None = None,
     total: int | None = None,
 ) -> Tensor:
-    """Normalized float32 images [B, 1, H, W]: random affine, crop, contrast and brightness; no flip.
+    """Normalized float32 images [B, 1, H, W]: random affine, crop, contrast and brightness.
 
-    No flip, because the heart's side is a finding. Areas that the affine map uncovers are filled from the border.
-    Affine map, crop and change of aspect are a single interpolation. The seed, epoch and step in `at` decide the draws.
-    `places` [B] are the images' positions in a batch of `total` (None: the batch is complete), so that a part of a
-    batch is transformed as in the complete one. With `kind.robust` the images are equalized instead of
-    normalized by `mean` and `std`.
+    The seed, epoch and step in `at` decide the draws. `places` [B] are the images' positions in a batch of `total`
+    (None: the batch is complete), so that a part of a batch is transformed as in the complete one. With `kind.robust`
+    the images are equalized instead of normalized by `mean` and `std`.
     """
     rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
-    generator = torch.Generator().manual_seed(_stream_seed(*at))
-    # [B, 6] in (-1, 1): rotation, shift x, shift y, scale, brightness, contrast
-    draws = _draw(total, 6, generator)[rows]
+    # By a hash, so that nearby (seed, epoch, step) give unrelated draws.
+    digest = hashlib.blake2b(repr(at).encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def draw(columns: int) -> Tensor:  # uniform in (-1, 1), [B, columns]
+        return (torch.rand(total, columns, generator=generator) * 2 - 1)[rows]
+
+    draws = draw(6)  # rotation, shift x, shift y, scale, brightness, contrast; no flip: the heart's side is a finding
     turned = affine_matrices(draws[:, :4], images.shape[2] / images.shape[3])
-    theta = turned @ crop_matrices(_draw(total, 3, generator)[rows], kind.crop)
+    theta = turned @ crop_matrices(draw(3), kind.crop)
     if kind.robust:
-        aspect = torch.exp(ASPECT * _draw(total, 1, generator)[rows])
+        aspect = torch.exp(ASPECT * draw(1))
         theta = theta * torch.stack([aspect, 1 / aspect, torch.ones_like(aspect)], dim=2)
     theta = theta.to(images.device, non_blocking=True)
     brightness, contrast = draws.to(images.device, non_blocking=True)[:, 4:].T[..., None, None, None]
@@ -69,15 +71,14 @@ def augment(
     inputs = equalize(images.float()) if kind.robust else images.float()
     warped = F.grid_sample(inputs, _sampling_grid(theta, *images.shape[2:]), padding_mode="border", align_corners=False)
     if kind.robust:
-        look = _draw(total, 11, generator)[rows].to(images.device, non_blocking=True)
+        look = draw(11).to(images.device, non_blocking=True)
         grain = torch.randn(images.shape[2:], generator=generator).to(images.device, non_blocking=True)
         return change_look(warped, look, grain)
     # Contrast about the image's own mean; brightness is a share of the full gray range. Fused with normalization into
     # one product and one sum, since memory traffic dominates the cost.
     center = warped.mean(dim=(1, 2, 3), keepdim=True)
     gain = 1 + CONTRAST * contrast
-    augmented: Tensor = warped.mul_(gain / std)
-    return augmented.add_((center * (1 - gain) - mean + BRIGHTNESS * 255 * brightness) / std)
+    return warped.mul_(gain / std).add_((center * (1 - gain) - mean + BRIGHTNESS * 255 * brightness) / std)
 
 
 def change_look(images: Tensor, draws: Tensor, grain: Tensor) -> Tensor:
@@ -113,26 +114,20 @@ def equalize(images: Tensor) -> Tensor:
     flat = images.flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     steps = ((flat - low) * (255 / (high - low).clamp_min(1e-6))).round().long()
-    counts = flat.new_zeros((flat.shape[0], 256), dtype=torch.int64)
-    counts = counts.scatter_add(1, steps, torch.ones_like(steps))
+    counts = steps.new_zeros((steps.shape[0], 256)).scatter_add(1, steps, torch.ones_like(steps))
     shares = (counts.cumsum(1) - counts / 2) / flat.shape[1]
-    equalized: Tensor = ((2 * shares - 1) * UNIFORM).gather(1, steps).view_as(images)
-    return equalized
+    return ((2 * shares - 1) * UNIFORM).gather(1, steps).view_as(images)
 
 
 def low_pass(images: Tensor, scale: Tensor) -> Tensor:
-    """Images [B, 1, H, W], each blurred by a Gaussian with standard deviation `scale` [B, 1, 1] in pixels.
+    """Images [B, 1, H, W], each blurred by a Gaussian with standard deviation `scale` [B, 1, 1] in pixels."""
 
-    Two matrix products, so that each image can have a different kernel; at the border, the kernel is renormalized.
-    """
-
-    def kernels(side: int) -> Tensor:
+    def kernels(side: int) -> Tensor:  # [B, side, side], renormalized at the border; each image can have another one
         place = torch.arange(side, dtype=torch.float32, device=images.device)
         kernel = torch.exp(-(((place[:, None] - place) / scale) ** 2) / 2)
         return kernel / kernel.sum(dim=2, keepdim=True)
 
-    blurred = kernels(images.shape[2]) @ images[:, 0] @ kernels(images.shape[3]).transpose(1, 2)
-    return blurred[:, None]
+    return (kernels(images.shape[2]) @ images[:, 0] @ kernels(images.shape[3]).transpose(1, 2))[:, None]
 
 
 def affine_matrices(draws: Tensor, aspect: float = 1.0) -> Tensor:
@@ -164,13 +159,3 @@ def _sampling_grid(theta: Tensor, height: int, width: int) -> Tensor:
     y = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=theta.device)
     of_x, of_y, shift = theta.unsqueeze(-1).unbind(2)  # each [B, 2, 1]
     return torch.addcmul((of_y * y + shift)[..., None], of_x[..., None], x).permute(0, 2, 3, 1)
-
-
-def _draw(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Uniform in (-1, 1), float32 [rows, columns]."""
-    return torch.rand(rows, columns, generator=generator) * 2 - 1
-
-
-def _stream_seed(*parts: int) -> int:
-    """A 63-bit seed: nearby (seed, epoch, step) give unrelated streams."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

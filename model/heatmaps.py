@@ -26,39 +26,25 @@ def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[T
     logits of the labels. A first step of the network that has no gradient, such as equalization, is left out.
     """
     network.eval()
+    blur = torch.full((len(inputs), 1, 1), SMOOTH * max(inputs.shape[2:]), device=inputs.device)
     with torch.enable_grad():
         logits, entered, grids = _watch(network, inputs)
         maps = []
         for column in columns:
             gradients = torch.autograd.grad(logits[:, column].sum(), grids or [entered], retain_graph=True)
-            if grids:
-                gradients = tuple(gradient.clamp_min(0) for gradient in gradients)
-            parts = map(_weigh, grids or [entered], gradients)
-            sized = [_smooth(part, inputs.shape[2:]) for part in parts]
-            maps.append(_scale(torch.stack(sized).sum(dim=0)))
+            parts = []
+            for source, gradient in zip(grids or [entered], gradients, strict=True):
+                raising = (gradient.clamp_min(0) if grids else gradient) * source
+                part = raising.detach().float().sum(dim=1, keepdim=True).clamp_min(0)
+                parts.append(_scale(low_pass(F.interpolate(part, inputs.shape[2:], mode="bilinear"), blur)))
+            maps.append(_scale(torch.stack(parts).sum(dim=0)))
     return label_scores(logits[:, columns]).detach(), torch.cat(maps, dim=1)
-
-
-def _weigh(source: Tensor, gradient: Tensor) -> Tensor:
-    """The positive contribution of each place to the logit, [B, 1, h, w]."""
-    return (gradient * source).detach().float().sum(dim=1, keepdim=True).clamp_min(0)
 
 
 def _scale(maps: Tensor) -> Tensor:
     """Maps [B, 1, h, w] scaled to a maximum of 1; all-zero maps stay 0."""
     highest = maps.amax(dim=(2, 3), keepdim=True)
     return maps / highest.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _smooth(maps: Tensor, shape: torch.Size) -> Tensor:
-    """Maps [B, 1, h, w] at the size of the input [H, W], blurred."""
-    sized = F.interpolate(maps, shape, mode="bilinear")
-    return _scale(low_pass(sized, torch.full((len(maps), 1, 1), SMOOTH * max(shape), device=maps.device)))
-
-
-def _is_scaled(grid: torch.Size, shape: torch.Size) -> bool:
-    """Whether a grid [h, w] has the aspect of the input [H, W], up to rounding of a side."""
-    return abs(grid[1] - grid[0] * shape[1] / shape[0]) < 1
 
 
 def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -74,8 +60,10 @@ def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Ten
     def leave(_: nn.Module, __: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             return
-        if output.dim() == 4 and min(output.shape[2:]) > 1 and _is_scaled(output.shape[2:], inputs.shape[2:]):
-            grids[output.shape[2]] = output
+        height, width = output.shape[2:] if output.dim() == 4 else (0, 0)
+        # A grid has the aspect of the input, up to rounding of a side.
+        if min(height, width) > 1 and abs(width - height * inputs.shape[3] / inputs.shape[2]) < 1:
+            grids[height] = output
         elif sum(side > 1 for side in output.shape[1:]) > 1:
             grids.clear()  # tokens, or a channels-last grid: earlier grids were not the last
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.fusion import StudyNetwork
 from model.networks import find_head
@@ -85,10 +85,7 @@ def find_depths(network: nn.Module) -> dict[nn.Parameter, int]:
 def _open(module: nn.Module) -> Iterator[nn.Module]:
     """The children of a module, with lists of modules expanded."""
     for child in module.children():
-        if isinstance(child, (nn.Sequential, nn.ModuleList)):
-            yield from _open(child)
-        else:
-            yield child
+        yield from _open(child) if isinstance(child, (nn.Sequential, nn.ModuleList)) else [child]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -115,16 +112,9 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, updates
     and so waits for it, at every step.
     """
     share = 1.0 if updates == 0 else 1 - min(decay, (1 + updates) / (10 + updates))
-    averages, values = _tensors(average), _tensors(network)
-    torch._foreach_lerp_(
-        [tensor for tensor in averages if tensor.is_floating_point()],
-        [tensor for tensor in values if tensor.is_floating_point()],
-        share,
-    )
+    averages, values = ([*module.parameters(), *module.buffers()] for module in (average, network))
+    means, latest = ([tensor for tensor in tensors if tensor.is_floating_point()] for tensors in (averages, values))
+    torch._foreach_lerp_(means, latest, share)
     for mean, value in zip(averages, values, strict=True):
         if not mean.is_floating_point():
             mean.copy_(value)
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
