@@ -293,7 +293,7 @@ def training_inputs(run: Run, batch: Batch, first: int, samples: int) -> tuple[T
     """
     config, pixels = run.config, run.pixels
     by_study = config.fusion is not None
-    images, *views = network_inputs(batch.images, batch.present, batch.projection, run.device, by_study)
+    images, *views = network_inputs(run.device, by_study, batch.images, batch.present, batch.projection)
     if config.augment == "none":
         inputs = normalize(images, pixels["mean"], pixels["std"])
     else:

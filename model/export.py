@@ -25,7 +25,6 @@ from model.losses import label_scores
 from pipeline.base.errors import DataError, needs
 from pipeline.base.files import write_atomically
 
-FACTS = "facts.json"
 SCRIPT = Path(__file__).parent / "templates" / "score.py"
 TOLERANCE = 0.01  # between logits of the exported network and eager ones
 STEEPEST = 8.0  # larger logits are not compared: a float32 score that near 0 or 1 has lost its logit
@@ -91,11 +90,26 @@ def export_scorer(
     scorer = scorer.cpu().eval().to(memory_format=torch.contiguous_format)
     images = draw_probes(*shape)
     dynamic = ({0: torch.export.Dim("batch")},)
-    # In evaluation mode, for dropout and normalization layers.
     with torch.no_grad():
         expected = scorer(images)[0]
         program = torch.export.export(scorer, (images[:2],), dynamic_shapes=dynamic)
-        exported, scores = (_as_pt2 if path.suffix == ".pt2" else _as_onnx)(program, images, facts)
+        if path.suffix == ".pt2":
+            file = io.BytesIO()
+            torch.export.save(program, file, extra_files={"facts.json": json.dumps(dict(facts))})
+            exported, scores = file.getvalue(), torch.export.load(file).module()(images)[0]
+        else:
+            with needs("onnx"):
+                import onnxruntime
+                import onnxscript  # noqa: F401 - torch.onnx needs it
+            names = ["scores", "decisions"][: len(program.graph_signature.user_outputs)]
+            made = torch.onnx.export(program, (), input_names=["images"], output_names=names, verbose=False)
+            model = cast(torch.onnx.ONNXProgram, made).model_proto
+            for key, value in facts.items():
+                model.metadata_props.add(key=key, value=value)
+            exported = model.SerializeToString()
+            session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+            outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+            scores = torch.from_numpy(np.asarray(outputs[0]))
     difference = compare_scores(scores, expected, path)
     write_atomically(path, exported)
     if path.suffix == ".onnx":
@@ -132,26 +146,3 @@ def compare_scores(scores: Tensor, expected: Tensor, path: Path) -> float:
     if not difference <= TOLERANCE:
         raise DataError(f"{path}: exported logits differ from eager ones by {difference:.3g}, more than {TOLERANCE}")
     return difference
-
-
-def _as_pt2(program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]) -> tuple[bytes, Tensor]:
-    """The program as file content, and the scores that content gives for the images."""
-    file = io.BytesIO()
-    torch.export.save(program, file, extra_files={FACTS: json.dumps(dict(facts))})
-    return file.getvalue(), torch.export.load(file).module()(images)[0]
-
-
-def _as_onnx(program: torch.export.ExportedProgram, images: Tensor, facts: Mapping[str, str]) -> tuple[bytes, Tensor]:
-    """The program as ONNX file content, and the scores onnxruntime gives for the images."""
-    with needs("onnx"):
-        import onnxruntime
-        import onnxscript  # noqa: F401 - torch.onnx needs it
-    names = ["scores", "decisions"][: len(program.graph_signature.user_outputs)]
-    exported = torch.onnx.export(program, (), input_names=["images"], output_names=names, verbose=False)
-    model = cast(torch.onnx.ONNXProgram, exported).model_proto
-    for key, value in facts.items():
-        model.metadata_props.add(key=key, value=value)
-    content = model.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    scores = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-    return content, torch.from_numpy(np.asarray(scores))

@@ -5,6 +5,8 @@ uncertain and positive (U-MultiClass of Irvin et al., 2019), has another one aft
 So the paper's score p1 / (p0 + p1) is the sigmoid of the first logit either way.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,47 +16,42 @@ MAX_POSITIVE_WEIGHT = 20.0  # if positives are rarer than 1 in 21, a few would d
 MEMORY = 0.99  # decay per batch of the class means of AUCMarginLoss
 
 
-def masked_loss(
-    logits: Tensor, target: Tensor, mask: Tensor, three_class: Tensor | None = None, pos_weight: Tensor | None = None
-) -> Tensor:
+class MaskedLoss(nn.Module):
     """Cross-entropy over the cells whose mask is True, averaged over those cells.
 
-    Logits [B, L + M], target and mask [B, L]; `three_class` [M] are the columns of labels with three classes (None: no
-    such label), `pos_weight` [L] the weights of positives (None: 1), as in torch's `binary_cross_entropy_with_logits`.
-    A target is in [0, 1]; with three classes it is 0, 1, or -1 for uncertain. Computed in float32; 0 if no cell is
-    left.
+    `three_class` [M] are the columns of labels with three classes, `pos_weight` [L] the weights of positives (None: 1),
+    as in torch's `binary_cross_entropy_with_logits`.
     """
-    logits = logits.float()
-    binary, uncertain = logits.tensor_split([target.shape[1]], dim=1)
-    losses = F.binary_cross_entropy_with_logits(binary, target, pos_weight=pos_weight, reduction="none")
-    if three_class is not None:
-        positive = binary[:, three_class]
-        classes = torch.stack([torch.zeros_like(positive), positive, uncertain], dim=2)
-        truth = target[:, three_class].long() % 3  # 0, 1, and -1 is the last class
-        # Flattened, because the loss over a grid of classes is not deterministic on a GPU.
-        class_losses = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none").view_as(positive)
-        if pos_weight is not None:
-            class_losses = class_losses * torch.where(truth == 1, pos_weight[three_class], 1)
-        losses = losses.index_copy(1, three_class, class_losses)
-    return (losses * mask).sum() / mask.sum().clamp(min=1)
 
-
-class MaskedLoss(nn.Module):
-    """`masked_loss` with fixed three-class columns [M] and weights of positives [L]."""
-
-    three_class: Tensor | None
+    three_class: Tensor
     pos_weight: Tensor | None
 
-    def __init__(self, three_class: list[int], pos_weight: Tensor | None) -> None:
+    def __init__(self, three_class: Sequence[int] = (), pos_weight: Tensor | None = None) -> None:
         super().__init__()
-        columns = torch.tensor(three_class) if three_class else None
         # Not in the state dict: they follow from the configuration and the labels.
-        self.register_buffer("three_class", columns, persistent=False)
+        self.register_buffer("three_class", torch.tensor(three_class, dtype=torch.int64), persistent=False)
         self.register_buffer("pos_weight", pos_weight, persistent=False)
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """The mean over the cells of the mask."""
-        return masked_loss(logits, target, mask, self.three_class, self.pos_weight)
+        """The loss of logits [B, L + M], target and mask [B, L], in float32; 0 if no cell is left.
+
+        A target is in [0, 1]; with three classes it is 0, 1, or -1 for uncertain.
+        """
+        binary, uncertain = logits.float().tensor_split([target.shape[1]], dim=1)
+        losses = F.binary_cross_entropy_with_logits(binary, target, pos_weight=self.pos_weight, reduction="none")
+        if len(self.three_class):
+            positive = binary[:, self.three_class]
+            classes = torch.stack([torch.zeros_like(positive), positive, uncertain], dim=2)
+            truth = target[:, self.three_class].long() % 3  # 0, 1, and -1 is the last class
+            # Flattened, because the loss over a grid of classes is not deterministic on a GPU.
+            class_losses = F.cross_entropy(classes.flatten(0, 1), truth.flatten(), reduction="none").view_as(positive)
+            if self.pos_weight is not None:
+                class_losses = class_losses * torch.where(truth == 1, self.pos_weight[self.three_class], 1)
+            losses = losses.index_copy(1, self.three_class, class_losses)
+        return (losses * mask).sum() / mask.sum().clamp(min=1)
+
+
+masked_loss = MaskedLoss()  # for training loops of your own: every label has two classes, of equal weight
 
 
 def label_scores(logits: Tensor) -> Tensor:
@@ -66,7 +63,7 @@ def label_scores(logits: Tensor) -> Tensor:
 
 
 def positive_weights(target: Tensor, mask: Tensor) -> Tensor:
-    """Weights [L] for `masked_loss`: train's negatives / positives, at most 20; 1 for a label with one class.
+    """Weights [L] for `MaskedLoss`: train's negatives / positives, at most 20; 1 for a label with one class.
 
     Target and mask [N, L]; a soft target counts partly for each class, an uncertain cell (-1) for neither.
     """

@@ -48,19 +48,14 @@ def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
 
 
 def network_inputs(
-    images: npt.NDArray[np.uint8],
-    present: npt.NDArray[np.bool_],
-    projection: npt.NDArray[np.int8],
-    device: torch.device,
-    by_study: bool,
+    device: torch.device, by_study: bool, images: npt.NDArray[np.uint8], *views: npt.NDArray[np.generic]
 ) -> tuple[Tensor, ...]:
     """A network's inputs on the device: images uint8 [N, 1, H, W].
 
-    Networks that pool the views of studies also take each sample's filled places, bool [B, V], and the projections,
-    int8 [N].
+    Networks that pool the views of studies also take `views`: each sample's filled places, bool [B, V], and the
+    projections, int8 [N].
     """
-    arrays = (images, present, projection) if by_study else (images,)
-    return tuple(to_device(array, device) for array in arrays)
+    return tuple(to_device(array, device) for array in (images, *(views if by_study else ())))
 
 
 @contextmanager

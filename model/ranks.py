@@ -162,9 +162,9 @@ def join_ranks() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield ALONE
         return
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if missing:
-        raise DataError(f"RANK is in the environment and {missing[0]} is not: start with torchrun, or unset RANK")
+    for name in TORCHRUN:
+        if name not in os.environ:
+            raise DataError(f"RANK is in the environment and {name} is not: start with torchrun, or unset RANK")
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -186,14 +186,21 @@ def join_ranks() -> Iterator[Ranks]:
     except BaseException as error:
         if dist.group.WORLD is not None and not isinstance(error, Stopped):
             dist.group.WORLD.abort()  # a thread may be waiting for a rank that does not come
-        _clear_frames(error)
+        left: BaseException | None = error
+        while left is not None:  # drop the local variables of the functions that it has left: its traceback holds them
+            traceback.clear_frames(left.__traceback__)
+            left = left.__context__
         lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
         if isinstance(error, RuntimeError) and lost:
             first = str(error).splitlines()[0]
             raise LostRankError(f"rank {os.environ['RANK']}: another rank is lost: {first}") from error
         raise
     finally:
-        _leave()
+        # With the last reference to the group end the threads of gloo: if one is still freeing the tensors of the last
+        # exchange when Python exits, the process aborts.
+        gc.collect()  # DistributedDataParallel is part of reference cycles
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -206,20 +213,3 @@ def _leave_together() -> Iterator[None]:
         dist.barrier(end)
         raise
     dist.barrier(end)
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drop the local variables of the functions that an error has left, which its traceback holds."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-
-
-def _leave() -> None:
-    """Destroy the process group, and with the last reference to it the threads of gloo.
-
-    If a thread is still freeing the tensors of the last exchange when Python exits, the process aborts.
-    """
-    gc.collect()  # DistributedDataParallel is part of reference cycles
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -328,7 +328,7 @@ def score_split(
             bad[[start + position for position in batch.bad]] = 1
             scored[start : start + len(batch.target)] = True
             images = batch.images if alter is None else alter(batch.images)
-            yield network_inputs(images, batch.present, batch.projection, run.device, config.fusion is not None)
+            yield network_inputs(run.device, config.fusion is not None, images, batch.present, batch.projection)
             advance(min(int(scored.sum()) * run.ranks.count, len(rows)), len(rows))
 
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
@@ -370,7 +370,7 @@ def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: in
                 present[sample[kept], place[kept]] = True
                 images = np.stack([view.pixels for view in views])[kept, None]
                 projection = np.array([view.projection for view in views], np.int8)[kept]
-                yield network_inputs(images, present, projection, device, config.fusion is not None)
+                yield network_inputs(device, config.fusion is not None, images, present, projection)
                 advance(start + len(some), len(samples))
 
     with progress_bar("Scoring", config.units) as advance:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 from model.losses import AUCMarginLoss, MaskedLoss, label_scores, masked_loss, positive_weights
 
 
-@pytest.mark.parametrize("three_class", [None, torch.arange(14)])
-def test_cells_outside_the_mask_have_no_influence(three_class: Tensor | None) -> None:
-    logits = torch.randn(4, 14 if three_class is None else 28, requires_grad=True)
-    target, mask = torch.randint(-1 if logits.shape[1] > 14 else 0, 2, (4, 14)).float(), torch.rand(4, 14) < 0.5
-    masked_loss(logits, target, mask, three_class).backward()
+@pytest.mark.parametrize("three_class", [(), range(14)])
+def test_cells_outside_the_mask_have_no_influence(three_class: Sequence[int]) -> None:
+    loss, logits = MaskedLoss(three_class), torch.randn(4, 14 + len(three_class), requires_grad=True)
+    target, mask = torch.randint(-1 if three_class else 0, 2, (4, 14)).float(), torch.rand(4, 14) < 0.5
+    loss(logits, target, mask).backward()
     assert logits.grad is not None
     assert ((logits.grad != 0) == mask.repeat(1, logits.shape[1] // 14)).all()
-    assert masked_loss(logits, target, torch.zeros_like(mask), three_class) == 0
+    assert loss(logits, target, torch.zeros_like(mask)) == 0
 
 
 def test_masked_loss_is_the_mean_over_the_cells_in_the_mask() -> None:
@@ -27,7 +28,7 @@ def test_masked_loss_is_the_mean_over_the_cells_in_the_mask() -> None:
 
 
 def test_three_classes_are_softmax_cross_entropy_and_its_two_certain_classes_the_score() -> None:
-    columns = torch.tensor([2, 5, 11])
+    columns = [2, 5, 11]
     binary = torch.tensor([label for label in range(14) if label not in columns])
     logits, target = torch.randn(8, 17, dtype=torch.bfloat16), torch.rand(8, 14)
     target[:, columns] = torch.tensor([-1.0, 0.0, 1.0])[torch.randint(0, 3, (8, 3))]
@@ -45,11 +46,11 @@ def test_three_classes_are_softmax_cross_entropy_and_its_two_certain_classes_the
             ),
         ]
     )
-    loss = masked_loss(logits, target, mask, columns)
+    loss = MaskedLoss(columns)(logits, target, mask)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, losses.mean())
     torch.testing.assert_close(  # all labels with three classes
-        masked_loss(logits[:, [2, 5, 11, 14, 15, 16]], target[:, columns], ours, torch.arange(3)),
+        MaskedLoss(range(3))(logits[:, [2, 5, 11, 14, 15, 16]], target[:, columns], ours),
         F.cross_entropy(classes[ours], truth[ours]),
     )
 
@@ -64,25 +65,22 @@ def test_positive_weights_are_torchs() -> None:
     logits, target, weights = torch.randn(8, 16), torch.rand(8, 14), torch.rand(14) * 5
     mask = torch.rand(8, 14) < 0.5
     torch.testing.assert_close(
-        masked_loss(logits[:, :14], target, mask, pos_weight=weights),
+        MaskedLoss(pos_weight=weights)(logits[:, :14], target, mask),
         nn.BCEWithLogitsLoss(reduction="none", pos_weight=weights)(logits[:, :14], target)[mask].mean(),
     )
     # of three classes, positive has the weight and the others have 1
-    columns = torch.tensor([3, 7])
+    columns, loss = [3, 7], MaskedLoss([3, 7], weights)
     target[:, columns] = torch.randint(-1, 2, (8, 2)).float()
-    weighted = masked_loss(logits, target, mask, columns, weights) * mask.sum()
     without = mask.clone()
     without[:, columns] = False
-    expected = masked_loss(logits[:, :14], target, without, pos_weight=weights) * without.sum()
-    for place, column in enumerate(columns.tolist()):
+    expected = MaskedLoss(pos_weight=weights)(logits[:, :14], target, without) * without.sum()
+    for place, column in enumerate(columns):
         used = mask[:, column]
         classes = torch.stack([torch.zeros(8), logits[:, column], logits[:, 14 + place]], dim=1)[used]
         truth = target[used, column].long() % 3
         expected += F.cross_entropy(classes, truth, torch.tensor([1, weights[column], 1]), reduction="sum")
-    torch.testing.assert_close(weighted, expected)
-    of_a_run = MaskedLoss(columns.tolist(), weights)
-    torch.testing.assert_close(of_a_run(logits, target, mask) * mask.sum(), expected)
-    assert of_a_run.state_dict() == {}
+    torch.testing.assert_close(loss(logits, target, mask) * mask.sum(), expected)
+    assert loss.state_dict() == {}
 
 
 def test_positive_weights_are_negatives_over_positives_of_the_cells_in_the_mask() -> None:
