@@ -49,10 +49,9 @@ import torch
 from torch import Tensor, nn
 
 from model.augment import augment, normalize
-from model.fusion import begin_training, freeze
 from model.losses import AUCMarginLoss, MaskedLoss, label_scores, positive_weights
 from model.names import AUGMENTATIONS
-from model.networks import build_network, load_initial
+from model.networks import begin_training, build_network, freeze, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, explain_memory, measure_recent, network_inputs, to_device
 from model.ranks import Stopped

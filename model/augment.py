@@ -60,8 +60,7 @@ def augment(
         return (torch.rand(total, columns, generator=generator) * 2 - 1)[rows]
 
     draws = draw(6)  # rotation, shift x, shift y, scale, brightness, contrast; no flip: the heart's side is a finding
-    turned = affine_matrices(draws[:, :4], images.shape[2] / images.shape[3])
-    theta = turned @ crop_matrices(draw(3), kind.crop)
+    theta = sampling_matrices(draws[:, :4], draw(3), kind.crop, images.shape[2] / images.shape[3])
     if kind.robust:
         aspect = torch.exp(ASPECT * draw(1))
         theta = theta * torch.stack([aspect, 1 / aspect, torch.ones_like(aspect)], dim=2)
@@ -130,27 +129,22 @@ def low_pass(images: Tensor, scale: Tensor) -> Tensor:
     return (kernels(images.shape[2]) @ images[:, 0] @ kernels(images.shape[3]).transpose(1, 2))[:, None]
 
 
-def affine_matrices(draws: Tensor, aspect: float = 1.0) -> Tensor:
-    """Sampling matrices [B, 2, 3] for torch's `affine_grid`, from draws [B, 4] in (-1, 1).
+def sampling_matrices(turn: Tensor, cut: Tensor, crop: float, aspect: float = 1.0) -> Tensor:
+    """Matrices [B, 2, 3] for torch's `affine_grid`: a crop of what a rotation, shift and change of scale give.
 
-    The coordinates span -1 to 1 along both sides: `aspect`, height by width, makes the map a rotation of pixels.
+    From draws in (-1, 1): `turn` [B, 4] are angle, shift and scale; `cut` [B, 3] the crop's side, uniform in
+    (1 - crop, 1) of the image's, and its place. Coordinates span -1 to 1 along both sides: `aspect`, height by width,
+    makes the map a rotation of pixels.
     """
-    angle = torch.deg2rad(draws[:, 0] * ROTATION)
-    shift = draws[:, 1:3] * SHIFT * 2
-    inverse_scale = 1 / (1 + draws[:, 3] * SCALE)
+    angle, shift = torch.deg2rad(turn[:, 0] * ROTATION), turn[:, 1:3] * SHIFT * 2
+    inverse_scale = 1 / (1 + turn[:, 3] * SCALE)
     cos, sin = torch.cos(angle) * inverse_scale, torch.sin(angle) * inverse_scale
-    return torch.stack([cos, -sin * aspect, shift[:, 0], sin / aspect, cos, shift[:, 1]], dim=1).view(-1, 2, 3)
-
-
-def crop_matrices(draws: Tensor, crop: float) -> Tensor:
-    """Maps [B, 3, 3] from a square crop's coordinates to its image's, both from -1 to 1.
-
-    Draws [B, 3] in (-1, 1) decide the crop's side, uniform in (1 - crop, 1) of the image's, and its place.
-    """
-    side = 1 - crop * (draws[:, 0] + 1) / 2
-    place = draws[:, 1:] * (1 - side[:, None])
+    turned = torch.stack([cos, -sin * aspect, shift[:, 0], sin / aspect, cos, shift[:, 1]], dim=1)
+    side = 1 - crop * (cut[:, 0] + 1) / 2
+    x, y = (cut[:, 1:] * (1 - side[:, None])).unbind(1)
     zeros, ones = torch.zeros_like(side), torch.ones_like(side)
-    return torch.stack([side, zeros, place[:, 0], zeros, side, place[:, 1], zeros, zeros, ones], dim=1).view(-1, 3, 3)
+    cropped = torch.stack([side, zeros, x, zeros, side, y, zeros, zeros, ones], dim=1)
+    return turned.view(-1, 2, 3) @ cropped.view(-1, 3, 3)
 
 
 def _sampling_grid(theta: Tensor, height: int, width: int) -> Tensor:

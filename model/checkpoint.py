@@ -204,9 +204,8 @@ def hand_on(seen: Sequence[Entry], source: Path) -> list[Entry]:
     """The entries of weights, for runs that start from them or learn from their scores."""
     entries = []
     for entry in seen:
-        split, images, patients, sets = entry["split"], entry["images"], entry["patients"], entry["sets"]
-        run = entry["run"] or str(source)
-        entries.append(Entry(run=run, split=split, images=images, patients=patients, sets=sets))
+        run, split, sets = entry["run"] or str(source), entry["split"], entry["sets"]
+        entries.append(Entry(run=run, split=split, images=entry["images"], patients=entry["patients"], sets=sets))
     return entries
 
 

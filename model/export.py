@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -33,16 +32,13 @@ Fits = Sequence[tuple[float, float] | None]  # slope and bias of each label's lo
 
 
 class Reading(NamedTuple):
-    """A network, the mean and std (gray levels) that normalize its images, and how its logits become scores.
-
-    `columns` [L] selects the logits that become scores, which `fits`, as in `fit_scores`, calibrate.
-    """
+    """A network, and how its images become scores."""
 
     network: nn.Module
-    columns: list[int]
-    mean: float
+    columns: list[int]  # [L], of the logits that become scores
+    mean: float  # of gray levels, as the standard deviation
     std: float
-    fits: Fits = ()
+    fits: Fits = ()  # calibrate these scores
 
 
 class Scorer(nn.Module):
@@ -73,9 +69,7 @@ def fit_scores(scores: Tensor, fits: Fits) -> Tensor:
     return torch.where(slope.isnan(), scores, torch.sigmoid(torch.logit(scores, SMALLEST) * slope + bias))
 
 
-def export_scorer(
-    scorer: Scorer, shape: tuple[int, int], path: Path, facts: Mapping[str, str] = MappingProxyType({})
-) -> float:
+def export_scorer(scorer: Scorer, shape: tuple[int, int], path: Path, facts: Mapping[str, str]) -> float:
     """Write the file; returns the largest difference between its logits and eager ones, on X-ray-like images.
 
     `facts` are stored in the file: as metadata_props of ONNX, or as facts.json among the extra files of torch.export.
@@ -123,14 +117,13 @@ def draw_probes(height: int, width: int) -> Tensor:
     Noise alone would not do, because it saturates the sigmoid of a network trained on X-rays.
     """
     down, right = (torch.linspace(0, 255, side) for side in (height, width))
-    flat = [torch.full((height, width), level) for level in (0.0, 64.0, 128.0, 255.0)]
-    gradients = [ramp.expand(height, width) for ramp in (right, down[:, None], right.flip(0))]
+    probes = [torch.full((height, width), level) for level in (0.0, 64.0, 128.0, 255.0)]
+    probes += [ramp.expand(height, width) for ramp in (right, down[:, None], right.flip(0))]
     generator = torch.Generator().manual_seed(0)
-    shades = []
     for cells in (3, 5, 8, 12, 20):
         coarse = torch.rand((1, 1, cells, cells), generator=generator) * 255
-        shades.append(functional.interpolate(coarse, (height, width), mode="bilinear")[0, 0])
-    return torch.stack([*flat, *gradients, *shades]).round().to(torch.uint8)[:, None]
+        probes.append(functional.interpolate(coarse, (height, width), mode="bilinear")[0, 0])
+    return torch.stack(probes).round().to(torch.uint8)[:, None]
 
 
 def compare_scores(scores: Tensor, expected: Tensor, path: Path) -> float:

@@ -88,13 +88,11 @@ class AUCMarginLoss(nn.Module):
                                  + 2α (p(1-p) + p h [y=0] - (1-p) h [y=1]) - p(1-p) α² ]
 
     which is p(1-p) (Var⁺ h + Var⁻ h + (1 + E⁻ h - E⁺ h)²): how far, in the mean over pairs of a positive and a
-    negative, their scores are from 1 apart. LibAUC's AUCMLoss and its optimizer PESG find the saddle point by
-    steps of descent in a and b, toward the classes' mean scores, and of ascent in α, toward 1 + b - a. It is
-    known in closed form, so only the network is optimized here: a and b are running means of each class's scores, α
-    follows from them, and the gradient of the expression above at that point is the gradient of its value (Danskin's
-    theorem). Means over the batch alone would not do, because few batches hold a positive of a rare label. p is
-    over all of train, so that each batch gives an unbiased estimate of the expectation. A label counts once both of
-    its classes have appeared.
+    negative, their scores are from 1 apart. LibAUC's AUCMLoss and PESG find the saddle point by steps of descent in a
+    and b and of ascent in α. It is known in closed form, so only the network is optimized here: a and b are running
+    means of each class's scores (few batches hold a positive of a rare label), α is 1 + b - a, and the gradient of the
+    expression at that point is the gradient of its value (Danskin's theorem). p is over all of train, so that each
+    batch gives an unbiased estimate of the expectation. A label counts once both of its classes have appeared.
 
     A soft target y is a positive with weight y and a negative with weight 1 - y.
     """
@@ -111,10 +109,9 @@ class AUCMarginLoss(nn.Module):
         self.register_buffer("met", torch.zeros(2, 2, target.shape[1]))
 
     def forward(self, logits: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """The loss of logits [B, L or more], target and mask [B, L]; updates the running means.
+        """The loss of logits [B, L or more], target and mask [B, L], or 0 if no label counts; updates the means.
 
-        In float32 at least; 0 if no label counts. Each of several ranks returns a loss for its slice: weighted by the
-        slices' cells, they add up to the batch's.
+        Each of several ranks returns a loss for its slice: weighted by the slices' cells, they add up to the batch's.
         """
         scores = label_scores(logits[:, : target.shape[1]])
         positive, negative = target * mask, (1 - target) * mask

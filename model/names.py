@@ -29,9 +29,7 @@ HUB = "hf-hub:"  # in front of OWNER/NAME, or OWNER/NAME/FILE
 class Published(NamedTuple):
     """Published weights of a chest encoder: a row of encoders.csv. An empty cell is not known.
 
-    `weights` is where `file` can be downloaded or, if it does not end with that name, the page that offers it. `mean`
-    and `std` are of gray levels; `outputs` of its classifier are separated by |; `seen` are the namespaces of the sets
-    it was trained on, separated by spaces.
+    `weights` is where `file` can be downloaded or, if it does not end with that name, the page that offers it.
     """
 
     name: str
@@ -40,10 +38,10 @@ class Published(NamedTuple):
     weights: str
     file: str
     size: str
-    mean: str
+    mean: str  # of gray levels, as `std`
     std: str
-    outputs: str
-    seen: str
+    outputs: str  # of its classifier, separated by |
+    seen: str  # namespaces of the sets it was trained on, separated by spaces
     license: str
     paper: str
 
@@ -69,16 +67,11 @@ class Augmentation(NamedTuple):
     """The augmentations beyond the affine map."""
 
     crop: float = 0.0  # largest share of the side that a crop leaves out
-    # Vary the appearance that depends on the device. The network then equalizes its input, also after training.
-    robust: bool = False
+    robust: bool = False  # vary what depends on the device; the network then equalizes its input, also after training
 
 
-AUGMENTATIONS = {
-    "none": Augmentation(),
-    "affine": Augmentation(),
-    "crop": Augmentation(crop=0.4),
-    "robust": Augmentation(crop=0.4, robust=True),
-}
+AUGMENTATIONS = {"none": Augmentation(), "affine": Augmentation(), "crop": Augmentation(0.4)}
+AUGMENTATIONS["robust"] = Augmentation(0.4, robust=True)
 
 
 class Input(NamedTuple):
@@ -86,7 +79,7 @@ class Input(NamedTuple):
 
     size: str  # in pixels: as `image_size`
     fixed: bool  # another size takes another network
-    mean: float  # of gray levels
+    mean: float  # of gray levels, as `std`
     std: float
 
 

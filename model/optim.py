@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
-from model.fusion import StudyNetwork
-from model.networks import find_head
+from model.networks import StudyNetwork, find_head
 
 MAX_WARMUP_STEPS = 500
 
@@ -17,13 +15,27 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, layer_de
     """AdamW (Loshchilov and Hutter, 2019) in its fused form, on a CPU twice as fast as a loop over tensors.
 
     Weight decay applies to matrices and kernels only, not to norms, biases, ConvNeXt's channel scales, nor to what a
-    timm network excludes: tokens, position embeddings and bias tables. The learning rate of a parameter is
-    `layer_decay` to the power of its depth below the head (Clark et al., ICLR 2020; Bao et al., ICLR 2022): `scale` of
-    its group. Networks of timm are grouped by timm.
+    timm network excludes: tokens, position embeddings and bias tables. A group's `scale` of the learning rate is
+    `layer_decay` to the power of its depth below the head (Clark et al., ICLR 2020; Bao et al., ICLR 2022).
     """
     trunk = network.backbone if isinstance(network, StudyNetwork) else network
     if type(trunk).__module__.startswith("timm."):
-        groups = _group_by_timm(network, trunk, weight_decay, layer_decay)
+        from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+
+        excluded = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()  # type: ignore[operator]
+        if isinstance(network, StudyNetwork):  # layers are counted down from the head
+            trunk.set_submodule(network.place, network.head)
+        if layer_decay < 1:
+            groups = param_groups_layer_decay(trunk, weight_decay, excluded, layer_decay=layer_decay)
+        else:
+            groups = param_groups_weight_decay(trunk, weight_decay, no_weight_decay_list=excluded)
+        if isinstance(network, StudyNetwork):
+            trunk.set_submodule(network.place, nn.Identity())
+        # The layers that fuse views learn at the head's rate.
+        known = {parameter for group in groups for parameter in group["params"]} | set(trunk.parameters())
+        added = [parameter for parameter in network.parameters() if parameter not in known]
+        groups += [{"params": added, "weight_decay": weight_decay}] if added else []
+        groups = [group | {"scale": group.get("lr_scale", 1.0)} for group in groups]
     else:
         depths = find_depths(network) if layer_decay < 1 else {}
         parts: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -37,49 +49,25 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, layer_de
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def _group_by_timm(
-    network: nn.Module, trunk: nn.Module, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """The groups of a timm network and, at the head's learning rate, of the layers that fuse its views."""
-    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
-
-    excluded = trunk.no_weight_decay() if hasattr(trunk, "no_weight_decay") else ()  # type: ignore[operator]
-    if isinstance(network, StudyNetwork):  # layers are counted down from the head
-        trunk.set_submodule(network.place, network.head)
-    if layer_decay < 1:
-        groups = param_groups_layer_decay(trunk, weight_decay, excluded, layer_decay=layer_decay)
-    else:
-        groups = param_groups_weight_decay(trunk, weight_decay, no_weight_decay_list=excluded)
-    if isinstance(network, StudyNetwork):
-        trunk.set_submodule(network.place, nn.Identity())
-    known = {parameter for group in groups for parameter in group["params"]} | set(trunk.parameters())
-    added = [parameter for parameter in network.parameters() if parameter not in known]
-    groups += [{"params": added, "weight_decay": weight_decay}] if added else []
-    return [group | {"scale": group.get("lr_scale", 1.0)} for group in groups]
-
-
 def find_depths(network: nn.Module) -> dict[nn.Parameter, int]:
     """How many blocks before the head each parameter is; 0 for the head and for layers that fuse views.
 
-    Blocks are the network's modules in definition order, with a Sequential or ModuleList replaced by its members. A
+    Blocks are the network's modules in definition order, with a Sequential or ModuleList replaced by its members: of a
+    ResNet the stem and the residual blocks, of a DenseNet the dense blocks, of a vision transformer the layers. A
     module whose children have weights begins a block; a single layer belongs to the previous block. The first block
-    includes what precedes it, such as a transformer's position embeddings. So the blocks of a ResNet are a stem and the
-    residual blocks, those of a DenseNet its dense blocks, and those of a vision transformer its layers.
+    includes what precedes it, such as a transformer's position embeddings.
     """
     head = find_head(network)[1]
     trunk = network.backbone if isinstance(network, StudyNetwork) else network
-    number = 0
+    number, begun = 0, False
     blocks = dict.fromkeys(trunk.parameters(recurse=False), 0)
-    begun = False
     for part in _open(trunk):
         if head in part.modules() or not [*part.parameters()]:
             continue
         number += begun and any([*layer.parameters()] for layer in part.children())
         begun = True
         blocks |= dict.fromkeys(part.parameters(), number)
-    return {
-        parameter: number + 1 - blocks[parameter] if parameter in blocks else 0 for parameter in network.parameters()
-    }
+    return {parameter: number + 1 - blocks.get(parameter, number + 1) for parameter in network.parameters()}
 
 
 def _open(module: nn.Module) -> Iterator[nn.Module]:
@@ -106,10 +94,9 @@ def scheduled_lr(peak: float, step: int, total: int) -> float:
 def update_average(average: nn.Module, network: nn.Module, decay: float, updates: int) -> None:
     """Update `average`, a copy of the network that holds the exponential moving average of its weights.
 
-    The decay grows with the number of `updates` before this one, (1 + n) / (10 + n) up to `decay`, so that a
-    short run forgets its start; the first update copies. BatchNorm's statistics are averaged too, and its counters
-    copied. This equals torch's AveragedModel with `use_buffers`, but the latter reads its counter from the device,
-    and so waits for it, at every step.
+    The decay grows with the number of `updates` before this one, (1 + n) / (10 + n) up to `decay`, so that a short run
+    forgets its start; the first update copies. BatchNorm's statistics are averaged too, and its counters copied. In
+    torch, AveragedModel with `use_buffers` does the same, but reads its counter from the device, and so waits for it.
     """
     share = 1.0 if updates == 0 else 1 - min(decay, (1 + updates) / (10 + updates))
     averages, values = ([*module.parameters(), *module.buffers()] for module in (average, network))

@@ -14,6 +14,9 @@ from model.losses import label_scores
 from model.ranks import Ranks
 from pipeline.base.errors import DataError
 
+Array = npt.NDArray[np.generic]
+Inputs = tuple[Tensor, ...]  # of a network: images, and what else `network_inputs` gives
+
 
 class DivergedError(DataError):
     """A loss or score is not finite; the same settings would give the same result."""
@@ -41,19 +44,16 @@ def choose_precision(amp: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp, torch.float32)
 
 
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
+def to_device(array: Array, device: torch.device) -> Tensor:
     """A NumPy array as a tensor on the device; to a GPU through pinned memory, without waiting."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def network_inputs(
-    device: torch.device, by_study: bool, images: npt.NDArray[np.uint8], *views: npt.NDArray[np.generic]
-) -> tuple[Tensor, ...]:
+def network_inputs(device: torch.device, by_study: bool, images: Array, *views: Array) -> Inputs:
     """A network's inputs on the device: images uint8 [N, 1, H, W].
 
-    Networks that pool the views of studies also take `views`: each sample's filled places, bool [B, V], and the
-    projections, int8 [N].
+    `by_study`, also the `views`: each study's filled places, bool [B, V], and the projections, int8 [N].
     """
     return tuple(to_device(array, device) for array in (images, *(views if by_study else ())))
 
@@ -64,26 +64,19 @@ def explain_memory(doing: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one; on a CPU there is no such class
-        if not isinstance(error, torch.OutOfMemoryError) and not any(
-            words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
-        ):
-            raise
-        raise MemoryExhaustedError(f"out of memory {doing}; {remedy}") from error
+        texts = ("can't allocate memory", "not enough memory", "out of memory")
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts):
+            raise MemoryExhaustedError(f"out of memory {doing}; {remedy}") from error
+        raise
 
 
 @torch.inference_mode()
 def predict_scores(
-    network: nn.Module,
-    columns: list[int],
-    batches: Iterable[tuple[Tensor, ...]],
-    mean: float,
-    std: float,
-    precision: torch.dtype,
+    network: nn.Module, columns: list[int], batches: Iterable[Inputs], mean: float, std: float, precision: torch.dtype
 ) -> npt.NDArray[np.float64]:
-    """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of uint8 images [B, 1, H, W].
+    """Scores [N, L] in [0, 1] of the labels `columns` [L], for batches of inputs on the network's device.
 
-    In float64, scores tie only beyond logits of ±36, not ±16. The network's other inputs may follow the images; all are
-    on the network's device. Raises DivergedError if a score is not finite.
+    In float64, scores tie only beyond logits of ±36, not ±16. Raises DivergedError if a score is not finite.
     """
     network.eval()
     parts = []

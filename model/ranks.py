@@ -1,11 +1,9 @@
 """torchrun's ranks, the processes that train a run together: this process's rank, and what ranks exchange.
 
-In: torchrun's environment. Out: `Ranks`, and networks whose gradients are averaged over them. Every rank holds all
-labels and takes its slice of every batch (pipeline.stream.plan), so little is exchanged: gradients, the scores of an
-evaluation, and at each step the number of cells in the batch and whether any rank was asked to stop. So all ranks
-make the same decisions, and only the first one reads or writes the run's folder, which the others need not see.
-
-A signal only leaves its exit code (`listen`, `requested`); between steps, `Ranks.agree` turns it into `Stopped`.
+Every rank holds all labels and takes its slice of every batch (pipeline.stream.plan), so little is exchanged:
+gradients, the scores of an evaluation, and at each step the number of cells in the batch and whether any rank was asked
+to stop. So all ranks make the same decisions, and only the first one reads or writes the run's folder, which the others
+need not see. A signal only leaves its exit code (`listen`); between steps, `Ranks.agree` turns it into `Stopped`.
 """
 
 import contextlib
@@ -31,12 +29,9 @@ from torch import nn
 from pipeline.base.errors import DataError
 
 Value = TypeVar("Value")
-
 # A killed rank closes its connections, which ends the others at once; this is for a machine that vanishes.
 TIMEOUT = timedelta(minutes=5)
 LONGEST = timedelta(days=7)  # for the first rank's work after training, for which the others wait
-
-TORCHRUN = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set for each rank, besides RANK
 
 
 class LostRankError(DataError):
@@ -123,10 +118,8 @@ class Ranks:
         for rank, name in product(range(self.count), table[0]):
             first, other = table[0][name], table[rank].get(name)
             if other != first:
-                raise DataError(
-                    f"rank {rank} has {name} {other} and rank 0 has {first}: start every rank by the same command, "
-                    "with the same shards and packages"
-                )
+                remedy = "start every rank by the same command, with the same shards and packages"
+                raise DataError(f"rank {rank} has {name} {other} and rank 0 has {first}: {remedy}")
 
     def average_gradients(self, network: nn.Module, sync_bn: bool) -> nn.Module:
         """The network to train: gradients are averaged over the ranks, buffers are the first rank's.
@@ -162,13 +155,12 @@ def join_ranks() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield ALONE
         return
-    for name in TORCHRUN:
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise DataError(f"RANK is in the environment and {name} is not: start with torchrun, or unset RANK")
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            gpus = torch.cuda.device_count()
+        if local >= (gpus := torch.cuda.device_count()):
             raise DataError(f"local rank {local} has no GPU, there are {gpus}: --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

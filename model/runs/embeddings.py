@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.augment import normalize
-from model.fusion import StudyNetwork
-from model.networks import build_network, find_head, load_initial
+from model.networks import StudyNetwork, build_network, find_head, load_initial
 from model.predict import explain_memory, to_device
 from model.runs.folder import fuse
 from model.runs.overlap import check_seen

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from model.augment import equalize
 from model.checkpoint import CheckpointError, Entry, load_checkpoint, refused, save_checkpoint
-from model.fusion import StudyNetwork
 from model.names import own_input
-from model.networks import weights_terms
+from model.networks import StudyNetwork, weights_terms
 from model.optim import scheduled_lr
 from model.ranks import Ranks
 from model.runs.config import Config, name_outputs, read_config

@@ -8,16 +8,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, affine, gaussian_blur, resized_crop
 
-from model.augment import (
-    _sampling_grid,
-    affine_matrices,
-    augment,
-    change_look,
-    crop_matrices,
-    equalize,
-    low_pass,
-    normalize,
-)
+from model.augment import _sampling_grid, augment, change_look, equalize, low_pass, normalize, sampling_matrices
 from model.names import AUGMENTATIONS, Augmentation
 
 
@@ -70,10 +61,10 @@ def test_ranks_together_see_the_augmentations_of_one(kind: Augmentation) -> None
 )
 def test_affine_maps_are_torchvisions(draws: tuple[float, ...], expected: dict[str, Any]) -> None:
     image = smooth_image(80, 120)
-    ours = sample(image, affine_matrices(torch.tensor([draws]), 80 / 120))
+    output = sample(image, sampling_matrices(torch.tensor([draws]), torch.zeros(1, 3), 0.0, 80 / 120))
     options = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0]} | expected
-    theirs = affine(image, interpolation=InterpolationMode.BILINEAR, **options)
-    torch.testing.assert_close(ours[..., 20:60, 20:100], theirs[..., 20:60, 20:100], rtol=0, atol=1e-3)
+    reference = affine(image, interpolation=InterpolationMode.BILINEAR, **options)
+    torch.testing.assert_close(output[..., 20:60, 20:100], reference[..., 20:60, 20:100], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -82,39 +73,37 @@ def test_affine_maps_are_torchvisions(draws: tuple[float, ...], expected: dict[s
 )
 def test_crops_are_torchvisions(draws: tuple[float, ...], side: int, left: int, top: int) -> None:
     image = smooth_image(80, 80)
-    ours = sample(image, crop_matrices(torch.tensor([draws], dtype=torch.float32), 0.25)[:, :2])
-    theirs = resized_crop(image, top, left, side, side, [80, 80], InterpolationMode.BILINEAR, antialias=False)
-    torch.testing.assert_close(ours[..., 1:-1, 1:-1], theirs[..., 1:-1, 1:-1], rtol=0, atol=1e-4)
+    output = sample(image, sampling_matrices(torch.zeros(1, 4), torch.tensor([draws], dtype=torch.float32), 0.25))
+    reference = resized_crop(image, top, left, side, side, [80, 80], InterpolationMode.BILINEAR, antialias=False)
+    torch.testing.assert_close(output[..., 1:-1, 1:-1], reference[..., 1:-1, 1:-1], rtol=0, atol=1e-4)
 
 
 def test_a_crop_is_cut_from_what_the_affine_map_gives() -> None:
-    image = smooth_image(160, 160)
-    turn = affine_matrices(torch.tensor([[0.9, 0.5, -0.5, -1.0]]))
-    crop = crop_matrices(torch.tensor([[1.0, 0.4, -0.6]]), 0.5)
-    expected = sample(sample(image, turn), crop[:, :2])
-    torch.testing.assert_close(
-        sample(image, turn @ crop)[..., 40:120, 40:120], expected[..., 40:120, 40:120], rtol=0, atol=0.02
-    )
+    image, zeros = smooth_image(160, 160), torch.zeros(1, 7)
+    turn, cut = torch.tensor([[0.9, 0.5, -0.5, -1.0]]), torch.tensor([[1.0, 0.4, -0.6]])
+    turned = sample(image, sampling_matrices(turn, zeros[:, :3], 0.0))
+    expected = sample(turned, sampling_matrices(zeros[:, :4], cut, 0.5))
+    output, inner = sample(image, sampling_matrices(turn, cut, 0.5)), (..., slice(40, 120), slice(40, 120))
+    torch.testing.assert_close(output[inner], expected[inner], rtol=0, atol=0.02)
 
 
 def test_crops_stay_inside_and_leave_the_other_draws_alone() -> None:
-    draws = torch.rand(1000, 3) * 2 - 1
     corners = torch.tensor([[-1.0, -1, 1], [1, 1, 1]]).T
-    edges = (crop_matrices(draws, 0.2) @ corners)[:, :2]
+    edges = sampling_matrices(torch.zeros(1000, 4), torch.rand(1000, 3) * 2 - 1, 0.2) @ corners
     assert (edges.abs() <= 1 + 1e-6).all()
     sides = (edges[:, :, 1] - edges[:, :, 0]) / 2
     assert sides.min() >= 0.8 - 1e-6
     assert 0.89 < sides.mean() < 0.91
-    # of a flat image only the brightness is seen
+    # Of a flat image only the brightness is seen.
     flat = torch.full((4, 1, 8, 8), 100, dtype=torch.uint8)
     images = torch.randint(0, 256, (4, 1, 32, 32), dtype=torch.uint8)
-    for some, same in ((flat, True), (images, False)):
-        cropped, plain = (augment(some, 128.0, 64.0, (1, 2, 3), Augmentation(crop=crop)) for crop in (0.2, 0.0))
+    for batch, same in ((flat, True), (images, False)):
+        cropped, plain = (augment(batch, 128.0, 64.0, (1, 2, 3), Augmentation(crop=crop)) for crop in (0.2, 0.0))
         assert torch.allclose(cropped, plain, rtol=1e-5, atol=1e-5) == same
 
 
 def test_the_sampling_grid_is_torchs() -> None:
-    theta = affine_matrices(torch.rand(3, 4) * 2 - 1)
+    theta = sampling_matrices(torch.rand(3, 4) * 2 - 1, torch.zeros(3, 3), 0.0)
     grid = F.affine_grid(theta, [3, 1, 20, 30], align_corners=False)
     torch.testing.assert_close(_sampling_grid(theta, 20, 30), grid)
 

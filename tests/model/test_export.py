@@ -54,7 +54,7 @@ def test_an_export_that_is_off_is_refused(
     path = tmp_path / f"model{suffix}"
     monkeypatch.setattr(torch.export, "export", export_spoiled)
     with pytest.raises(DataError, match=r"model\..*: exported logits differ from eager ones by .*, more than 0.01$"):
-        export_scorer(scorer, (32, 32), path)
+        export_scorer(scorer, (32, 32), path, {})
     assert not path.exists()
 
 
@@ -85,5 +85,5 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
         torch.testing.assert_close(copy.deepcopy(robust)(normalize(images, 120.0, 60.0)), expected)
         brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
         np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
-    error = export_scorer(Scorer([Reading(robust, [7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}")
+    error = export_scorer(Scorer([Reading(robust, [7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}", {})
     assert error < export.TOLERANCE / 10

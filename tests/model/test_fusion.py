@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.fusion import StudyNetwork
 from model.names import FUSIONS, UNKNOWN_FRONTAL, check_arch
-from model.networks import build_network
+from model.networks import StudyNetwork, build_network
 from model.runs.embeddings import embed
 
 # A lateral alone, a frontal with a lateral whose first image is unusable, and three views.

@@ -9,8 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.checkpoint import load_checkpoint, save_checkpoint
-from model.fusion import StudyNetwork
-from model.networks import build_network
+from model.networks import StudyNetwork, build_network
 from model.optim import build_optimizer, find_depths, scheduled_lr, set_lr, update_average
 from pipeline.base.errors import DataError
 
