@@ -31,7 +31,7 @@ def read_cases(name: str) -> list[list[str]]:
 
 
 def read_rows(name: str) -> list[dict[str, str]]:
-    """The rows of one of the tables."""
+    """The rows of one of the tables, or of a CSV elsewhere."""
     with (TABLES / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -39,10 +39,9 @@ def read_rows(name: str) -> list[dict[str, str]]:
 def read_mapping(name: str, state: str = "positive") -> dict[str, list[str]]:
     """Label → the findings of a set that have this state for it in findings.csv."""
     findings: dict[str, list[str]] = {}
-    with (REPOSITORY / "pipeline" / "sources" / "findings.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if (row["set"], row["state"]) == (name, state):
-                findings.setdefault(row["label"], []).append(row["finding"])
+    for row in read_rows(str(REPOSITORY / "pipeline" / "sources" / "findings.csv")):
+        if (row["set"], row["state"]) == (name, state):
+            findings.setdefault(row["label"], []).append(row["finding"])
     return findings
 
 
@@ -63,15 +62,14 @@ def draw(path: Path, number: int, *, bits: int = 8, kind: str | None = None, mod
     deep = np.asarray(film).astype(np.uint16) << (bits - 8)
     if kind == "DICOM":
         path.write_bytes(make_dicom(deep, BitsStored=bits, HighBit=bits - 1))
-        return
-    (Image.fromarray(deep) if bits > 8 else film.convert(mode)).save(path, kind)
+    else:
+        (Image.fromarray(deep) if bits > 8 else film.convert(mode)).save(path, kind)
 
 
 def shard(folder: Path, *options: object) -> dict[str, dict[str, Any]]:
     """Key → row, with its split, of the shards of all views in `out` beside a folder."""
     out = folder.parent / "out"
-    words = ("--size", 32, "--views", "all", "--dev", 0, "--workers", 1, *options)
-    run_pipeline("shards", folder, out, *words)
+    run_pipeline("shards", folder, out, "--size", 32, "--views", "all", "--dev", 0, "--workers", 1, *options)
     run_pipeline("verify", out, "--deep")
     tables = {name: read_table(out, split) for name, split in read_manifest(out).splits.items()}
     return {row["key"]: row | {"split": name} for name, table in tables.items() for row in table.to_pylist()}
@@ -84,17 +82,17 @@ def list_rows(home: Path) -> list[str]:
     for split, table in splits.items():
         for row in table.drop_columns(["path", "file"]).to_pylist():
             states = "".join({1: "+", 0: "-", -1: "?", None: ".", -2: "x"}[row.pop(label)] for label in LABELS)
-            fields = [str(value) for value in row.values()]
-            lines.append(" ".join([split, *fields[:7], states, *fields[7:]]))
+            facts = list(map(str, row.values()))
+            lines.append(" ".join([split, *facts[:7], states, *facts[7:]]))
     return sorted(lines)
 
 
 def copy_tables(name: str, home: Path, *, packed: bool = False) -> None:
     """The set's tables, as they are or gzipped."""
     for table in (path for path in (TABLES / name).rglob("*") if path.is_file()):
-        path = home / f"{table.relative_to(TABLES / name)}{'.gz' if packed else ''}"
+        path, content = home / table.relative_to(TABLES / name), table.read_bytes()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(table.read_bytes()) if packed else table.read_bytes())
+        path.with_name(path.name + ".gz" * packed).write_bytes(gzip.compress(content) if packed else content)
 
 
 def write_chexpert(home: Path) -> None:
@@ -142,11 +140,5 @@ def write_vindr(home: Path) -> None:
             draw(home / split / f"{name}.dicom", int(name, 16), bits=12, kind="DICOM")
 
 
-SETS = {
-    "chexpert": write_chexpert,
-    "chexpert-plus": write_plus,
-    "mimic": write_mimic,
-    "nih": write_nih,
-    "padchest": write_padchest,
-    "vindr": write_vindr,
-}
+SETS = {"chexpert": write_chexpert, "chexpert-plus": write_plus, "mimic": write_mimic, "nih": write_nih}
+SETS |= {"padchest": write_padchest, "vindr": write_vindr}

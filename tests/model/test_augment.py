@@ -19,7 +19,8 @@ def smooth_image(height: int, width: int) -> Tensor:
 
 
 def sample(image: Tensor, theta: Tensor) -> Tensor:
-    grid = F.affine_grid(theta, list(image.shape), align_corners=False)
+    grid = _sampling_grid(theta, *image.shape[2:])
+    torch.testing.assert_close(grid, F.affine_grid(theta, list(image.shape), align_corners=False))
     return F.grid_sample(image, grid, padding_mode="border", align_corners=False)
 
 
@@ -46,9 +47,9 @@ def test_the_draws_are_written_in_stone() -> None:
 @pytest.mark.parametrize("kind", [Augmentation(), Augmentation(crop=0.2), AUGMENTATIONS["robust"]])
 def test_ranks_together_see_the_augmentations_of_one(kind: Augmentation) -> None:
     images = torch.randint(0, 256, (6, 1, 32, 32), dtype=torch.uint8)
-    whole = augment(images, 128.0, 64.0, (1, 2, 3), kind)
+    complete = augment(images, 128.0, 64.0, (1, 2, 3), kind)
     parts = [augment(images[i : i + 2], 128.0, 64.0, (1, 2, 3), kind, np.arange(i, i + 2), 6) for i in (0, 2, 4)]
-    torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(parts), complete, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +103,6 @@ def test_crops_stay_inside_and_leave_the_other_draws_alone() -> None:
         assert torch.allclose(cropped, plain, rtol=1e-5, atol=1e-5) == same
 
 
-def test_the_sampling_grid_is_torchs() -> None:
-    theta = sampling_matrices(torch.rand(3, 4) * 2 - 1, torch.zeros(3, 3), 0.0)
-    grid = F.affine_grid(theta, [3, 1, 20, 30], align_corners=False)
-    torch.testing.assert_close(_sampling_grid(theta, 20, 30), grid)
-
-
 def draws_of(**given: float) -> Tensor:
     """Draws [1, 11] under which a film keeps its look, but for what is given in (-1, 1)."""
     names = ["scale", "gain", "down", "right", "noise", "top", "bottom", "left", "edge", "no_frame", "gray"]
@@ -115,17 +110,12 @@ def draws_of(**given: float) -> Tensor:
     return torch.tensor([list((neutral | given).values())])
 
 
-def test_a_film_keeps_its_look_where_the_draws_are_neutral() -> None:
-    film = torch.randn(1, 1, 24, 32)
-    torch.testing.assert_close(change_look(film, draws_of(), torch.randn(24, 32)), film, rtol=0, atol=1e-6)
-
-
 def test_detail_is_what_a_gaussian_blur_removes() -> None:
     film = torch.randn(2, 1, 48, 64)
     blurred = low_pass(film, torch.tensor([0.7, 2.0])[:, None, None])
-    for ours, image, sigma in zip(blurred, film, (0.7, 2.0), strict=True):
-        theirs = gaussian_blur(image, [17, 17], [sigma, sigma])
-        torch.testing.assert_close(ours[:, 9:-9, 9:-9], theirs[:, 9:-9, 9:-9], rtol=0, atol=1e-3)
+    for output, image, sigma in zip(blurred, film, (0.7, 2.0), strict=True):
+        reference = gaussian_blur(image, [17, 17], [sigma, sigma])
+        torch.testing.assert_close(output[:, 9:-9, 9:-9], reference[:, 9:-9, 9:-9], rtol=0, atol=1e-3)
     torch.testing.assert_close(low_pass(torch.ones(1, 1, 8, 8), torch.full((1, 1, 1), 2.0)), torch.ones(1, 1, 8, 8))
     # (1/16 of the side / 0.5) is 8: half of the scale's range is 0.5 · 8^½ pixels
     softest = change_look(film[:1], draws_of(gain=-1.0), torch.zeros(48, 64))
@@ -135,6 +125,8 @@ def test_detail_is_what_a_gaussian_blur_removes() -> None:
 
 
 def test_noise_is_the_grain_from_another_place() -> None:
+    film, grain = torch.randn(1, 1, 24, 32), torch.randn(24, 32)
+    torch.testing.assert_close(change_look(film, draws_of(), grain), film, rtol=0, atol=1e-6)  # it keeps its look
     grain = torch.randn(8, 16)
     noisy = change_look(torch.zeros(1, 1, 8, 16), draws_of(noise=1.0, down=-0.5, right=0.5), grain)
     torch.testing.assert_close(noisy[0, 0], 0.35 * torch.roll(grain, (-2, -12), (0, 1)))
@@ -155,12 +147,12 @@ def test_equalized_values_are_ranks_whatever_the_gray_scale() -> None:
     levels[:, :, :5] = 0  # ties
     levels[2] = 77  # a flat film
     ranks = np.stack([rankdata(film, method="average").reshape(1, 40, 50) for film in levels])
-    found = equalize(torch.from_numpy(levels).float())
+    output = equalize(torch.from_numpy(levels).float())
     expected = (2 * (ranks - 0.5) / 2000 - 1) * 3**0.5
-    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
     brighter = equalize(torch.from_numpy((levels / 255.0) ** 0.7).float())  # where two steps may become one
-    torch.testing.assert_close(brighter, found, rtol=0, atol=0.03)
-    torch.testing.assert_close(equalize(normalize(torch.from_numpy(levels), 128.0, 64.0)), found)
+    torch.testing.assert_close(brighter, output, rtol=0, atol=0.03)
+    torch.testing.assert_close(equalize(normalize(torch.from_numpy(levels), 128.0, 64.0)), output)
 
 
 def test_robust_is_bounded_and_finite() -> None:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import export
 from model.augment import equalize, normalize
-from model.export import Reading, Scorer, compare_scores, draw_probes, export_scorer
+from model.export import TOLERANCE, Reading, Scorer, compare_scores, draw_probes, export_scorer
 from model.networks import ResCNN
 from model.predict import predict_scores
 from model.runs.config import Config
@@ -18,12 +17,12 @@ from model.runs.folder import fuse
 from pipeline import DataError
 
 
-@pytest.fixture(scope="module")
-def scorer() -> Scorer:
+@pytest.fixture
+def network() -> ResCNN:
     torch.manual_seed(0)
     network = ResCNN(14, widths=(16, 32))
     network(torch.randn(64, 1, 32, 32))  # so that BatchNorm has seen something
-    return Scorer([Reading(network, list(range(14)), 120.0, 60.0)]).eval()
+    return network
 
 
 def add_noise(scorer: Scorer) -> None:
@@ -41,20 +40,19 @@ def shift_mean(scorer: Scorer) -> None:
     [(add_noise, ".pt2"), *(pytest.param(shift_mean, suffix, marks=pytest.mark.soak) for suffix in (".onnx", ".pt2"))],
 )
 def test_an_export_that_is_off_is_refused(
-    scorer: Scorer, spoil: Callable[[Scorer], None], suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: ResCNN, spoil: Callable[[Scorer], None], suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = torch.export.export
+    export_good, path = torch.export.export, tmp_path / f"model{suffix}"
 
-    def export_spoiled(found: Scorer, *arguments: object, **options: object) -> object:
-        spoiled = copy.deepcopy(found)
+    def export_spoiled(scorer: Scorer, *arguments: object, **options: object) -> object:
+        spoiled = copy.deepcopy(scorer)
         with torch.no_grad():
             spoil(spoiled)
-        return whole(spoiled, *arguments, **options)  # type: ignore[arg-type]
+        return export_good(spoiled, *arguments, **options)  # type: ignore[arg-type]
 
-    path = tmp_path / f"model{suffix}"
     monkeypatch.setattr(torch.export, "export", export_spoiled)
     with pytest.raises(DataError, match=r"model\..*: exported logits differ from eager ones by .*, more than 0.01$"):
-        export_scorer(scorer, (32, 32), path, {})
+        export_scorer(Scorer([Reading(network, list(range(14)), 120.0, 60.0)]), (32, 32), path, {})
     assert not path.exists()
 
 
@@ -72,10 +70,7 @@ def test_probes_span_the_range() -> None:
 
 
 @pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.soak), ".pt2"])
-def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    network = ResCNN(14, widths=(16, 32))
-    network(torch.randn(64, 1, 32, 32))
+def test_a_robust_network_equalizes_wherever_it_is_used(network: ResCNN, suffix: str, tmp_path: Path) -> None:
     plain = copy.deepcopy(network).eval()
     robust = fuse(network, Config(equalize=True)).eval()
     assert robust.state_dict().keys() == plain.state_dict().keys()
@@ -86,4 +81,4 @@ def test_a_robust_network_equalizes_wherever_it_is_used(suffix: str, tmp_path: P
         brighter = predict_scores(robust, [7], [(images + 50,)], 120.0, 60.0, torch.float32)
         np.testing.assert_allclose(brighter[:, 0], torch.sigmoid(expected[:, 7]), atol=1e-5)
     error = export_scorer(Scorer([Reading(robust, [7], 120.0, 60.0)]), (32, 32), tmp_path / f"model{suffix}", {})
-    assert error < export.TOLERANCE / 10
+    assert error < TOLERANCE / 10

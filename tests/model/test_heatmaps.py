@@ -24,9 +24,8 @@ class Tokens(nn.Module):
 def test_the_map_is_where_the_logit_comes_from() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
     with torch.no_grad():
-        for layer, (weight, bias) in {0: (1.0, 0.0), 4: (1.0, 0.0)}.items():
-            network[layer].weight.fill_(weight)  # type: ignore[operator]
-            network[layer].bias.fill_(bias)  # type: ignore[operator]
+        for name, parameter in network.named_parameters():
+            parameter.fill_(name.endswith("weight"))
         network[4].weight[1] = -1  # type: ignore[operator]
     images = torch.zeros(1, 1, 8, 8)
     images[0, 0, 2, 5], images[0, 0, 6, 1] = 4.0, 2.0

@@ -21,87 +21,77 @@ State = dict[str, torch.Tensor]
 VIT = "timm/vit_tiny_patch16_224?depth=2"
 
 
+def rename(state: State, *changes: tuple[str, str]) -> State:
+    """The backbone, with the names that these replacements of regular expressions give, in this order."""
+    names = {name: name for name in state if not name.startswith("head.")}
+    for pattern, new in changes:
+        names = {name: re.sub(pattern, new, text) for name, text in names.items()}
+    return {text: state[name] for name, text in names.items()}
+
+
 def as_mae(state: State) -> dict[str, object]:
-    decoder = {f"decoder_blocks.{block}.norm1.weight": torch.ones(8) for block in range(8)}
-    more = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 197, 8)} | decoder
-    encoder = {name.replace("fc_norm.", "norm."): value for name, value in without_head(state).items()}
-    return {"model": encoder | more, "epoch": 799, "args": argparse.Namespace(blr=1.5e-4)}
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 197, 8)}
+    decoder |= {f"decoder_blocks.{block}.norm1.weight": torch.ones(8) for block in range(8)}
+    return {"model": rename(state, ("fc_norm", "norm")) | decoder, "epoch": 799, "args": argparse.Namespace(blr=1.5e-4)}
 
 
 def as_dinov2(state: State) -> dict[str, object]:
     """Of training, in chunks of blocks, with student and teacher."""
-    chunked = {re.sub(r"blocks\.(\d+)", r"blocks.0.\1", name): v for name, v in without_head(state).items()}
-    chunked["mask_token"] = torch.zeros(1, 96)
-    both = {
-        f"{side}.backbone.{name}": v + (side == "student")
-        for side in ("student", "teacher")
-        for name, v in chunked.items()
-    }
-    return {"model": both | {"teacher.dino_head.last_layer.weight_g": torch.ones(5, 1)}, "iteration": 1}
+    teacher = rename(state | {"mask_token": torch.zeros(1, 96)}, ("blocks", "blocks.0"), ("^", "teacher.backbone."))
+    student = {name.replace("teacher", "student"): value + 1 for name, value in teacher.items()}
+    return {"model": student | teacher | {"teacher.dino_head.last_layer.weight_g": torch.ones(5, 1)}, "iteration": 1}
 
 
 def as_transformers(state: State) -> dict[str, object]:
     """Of `Dinov2WithRegistersModel`, whose class token has no position of its own in timm."""
-    renamed: State = {"embeddings.mask_token": torch.zeros(1, 96)}
-    names = (
-        ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-        ("blocks.", "encoder.layer."),
-        (".attn.proj.", ".attention.output.dense."),
-        (".ls1.gamma", ".layer_scale1.lambda1"),
-        (".ls2.gamma", ".layer_scale2.lambda1"),
+    renamed = rename(
+        state | {"mask_token": torch.zeros(1, 96)},
+        (r"^norm\.", "layernorm."),
+        (r"patch_embed\.proj\.", "patch_embeddings.projection."),
+        ("reg_token", "register_tokens"),
+        ("pos_embed", "position_embeddings"),
+        ("^((patch|position)_emb|(mask|register|cls)_tok)", r"embeddings.\1"),
+        (r"blocks\.", "encoder.layer."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.attention."),
+        (r"\.ls(\d)\.gamma", r".layer_scale\1.lambda1"),
     )
-    for name, value in without_head(state).items():
-        new = re.sub(r"^norm\.", "layernorm.", name)
-        for ours, theirs in names:
-            new = new.replace(ours, theirs)
-        if "attn.qkv" in name:
-            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[new.replace("attn.qkv", f"attention.attention.{part}")] = third
-        else:
-            renamed[new] = value
-    position = torch.full_like(state["pos_embed"][:, :1], 0.25)
-    renamed["embeddings.register_tokens"] = renamed.pop("reg_token")
-    renamed["embeddings.cls_token"] = renamed.pop("cls_token") - position
-    renamed["embeddings.position_embeddings"] = torch.cat([position, renamed.pop("pos_embed")], dim=1)
+    for name in [name for name in renamed if ".qkv." in name]:
+        parts = zip(("query", "key", "value"), renamed.pop(name).chunk(3), strict=True)
+        renamed |= {name.replace("qkv", part): third for part, third in parts}
+    positions = renamed["embeddings.position_embeddings"]
+    own = torch.full_like(positions[:, :1], 0.25)
+    renamed["embeddings.cls_token"] = renamed["embeddings.cls_token"] - own
+    renamed["embeddings.position_embeddings"] = torch.cat([own, positions], dim=1)
     return dict(renamed)
 
 
 def as_eva(state: State) -> dict[str, object]:
-    renamed: State = {"mask_token": torch.zeros(1, 1, 8), "lm_head.weight": torch.ones(4, 8)}
-    names = (("fc_norm.", "norm."), ("mlp.norm.", "mlp.ffn_ln."), ("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"))
-    split = any("fc1_g" in name for name in state)
-    for name, value in without_head(state).items():
-        for ours, theirs in (*names, ("mlp.fc1.", "mlp.w12."), ("mlp.fc2", "mlp.w3")):
-            name = name.replace(ours, theirs)
-        renamed[name.replace("q_proj.bias", "q_bias").replace("v_proj.bias", "v_bias") if split else name] = value
-    return {"module": renamed | {"rope.freqs_cos": torch.ones(196, 64)}}
+    changes = [("fc_norm", "norm"), (r"mlp\.norm", "mlp.ffn_ln"), ("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2")]
+    changes += [(r"mlp\.fc1\.", "mlp.w12."), ("mlp.fc2", "mlp.w3")]
+    if any("fc1_g" in name for name in state):
+        changes.append((r"([qv])_proj\.bias", r"\1_bias"))
+    others = {"mask_token": torch.zeros(1, 1, 8), "lm_head.weight": torch.ones(4, 8)}
+    return {"module": rename(state, *changes) | others | {"rope.freqs_cos": torch.ones(196, 64)}}
 
 
 def as_open_clip(state: State) -> dict[str, object]:
-    text = {
-        f"text.transformer.encoder.layer.{layer}.attention.output.dense.weight": torch.ones(2, 2) for layer in range(99)
-    }
-    tower = {f"visual.trunk.{name}": value for name, value in without_head(state).items()}
-    return {**text, **tower, "visual.head.proj.weight": torch.ones(512, 192), "logit_scale": torch.ones(())}
+    name = "text.transformer.encoder.layer.{}.attention.output.dense.weight"
+    text = {name.format(layer): torch.ones(2, 2) for layer in range(99)}
+    others = {"visual.head.proj.weight": torch.ones(512, 192), "logit_scale": torch.ones(())}
+    return {**text, **rename(state, ("^", "visual.trunk.")), **others}
 
 
 def as_ark(state: State) -> dict[str, object]:
     """Of the first timm's Swin, which downsamples at the end of a stage."""
-    old = {
-        re.sub(r"layers\.(\d)\.downsample", lambda stage: f"layers.{int(stage[1]) - 1}.downsample", name): value
-        for name, value in without_head(state).items()
-    }
-    more = {"omni_heads.0.weight": torch.ones(14, 8), "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
-    return {"teacher": {f"module.{name}": value for name, value in (old | more).items()}, "epoch": 199}
+    others = {"omni_heads.0.weight": torch.ones(14, 8), "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+    changes = [(rf"layers\.{stage}\.downsample", f"layers.{stage - 1}.downsample") for stage in (1, 2, 3)]
+    return {"teacher": rename(state | others, *changes, ("^", "module.")), "epoch": 199}
 
 
 def as_lightning(state: State) -> dict[str, object]:
-    weights = {f"model._orig_mod.vit.{name}": value for name, value in without_head(state).items()}
-    return {"state_dict": weights | {"loss.weight": torch.ones(14)}, "hyper_parameters": {"lr": 1e-4}}
-
-
-def without_head(state: State) -> State:
-    return {name: value for name, value in state.items() if not name.startswith("head.")}
+    weights = rename(state, ("^", "model._orig_mod.vit.")) | {"loss.weight": torch.ones(14)}
+    return {"state_dict": weights, "hyper_parameters": {"lr": 1e-4}}
 
 
 def make_reference(arch: str) -> torch.nn.Module:

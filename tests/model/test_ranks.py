@@ -1,4 +1,7 @@
-"""Training by torchrun: real processes, with gloo between them (make test-cluster)."""
+"""Training by torchrun: real processes, with gloo between them (make test-cluster).
+
+The last test has two hosts and an object store, by network namespaces. Root makes the second host and the link to it.
+"""
 
 import os
 import re
@@ -12,44 +15,55 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import pytest
 
 import train
-from pipeline.manifest import Manifest
 from pipeline.measure.scores import open_scores
 from pipeline.stream.plan import plan_training
 from pipeline.stream.samples import find_images, open_split
-from tests.conftest import Round, default_options, flip, make_shards, write_chexpert
-from tests.swift import free_ports
+from tests.conftest import Round, Shards, default_options, flip, make_shards, write_chexpert
+from tests.swift import KEY, SECRET, free_ports, run_swift
 from tests.training import WORDS, assert_same_run, call_train
 
 pytestmark = pytest.mark.cluster
 REPOSITORY = Path(train.__file__).parent
 OPTIONS = ["--arch", "rescnn", "--image-size", "32", "--workers", "1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ADDRESSES, LINKS = ("10.77.31.1", "10.77.31.2"), ("chest0", "chest1")  # of the two hosts
+
+
+def spawn(*command: object, **options: Any) -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)} | options.pop("variables", {})
+    return subprocess.Popen(list(map(str, command)), env=environment, text=True, **options)
 
 
 def start(ranks: int, script: str, *arguments: object) -> "subprocess.Popen[str]":
     """`torchrun --nproc-per-node RANKS script arguments`, or without torchrun for 0 ranks."""
-    command: list[object] = [sys.executable]
-    if ranks:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--"]
-    command += [REPOSITORY / script, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
+    agent = ["--standalone", "--nproc-per-node", ranks, "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--"]
+    command = [*TORCHRUN, *agent] if ranks else [sys.executable]
+    return spawn(*command, REPOSITORY / script, *arguments, stderr=subprocess.PIPE)
 
 
 def finish(process: "subprocess.Popen[str]", seconds: float = 600) -> tuple[int, str]:
-    """The exit code, and what was said."""
-    _, said = process.communicate(timeout=seconds)
-    return process.returncode, said
+    """The exit code and standard error."""
+    _, stderr = process.communicate(timeout=seconds)
+    return process.returncode, stderr
+
+
+def make_other(folder: Path, **splits: range) -> Path:
+    """Shards of other patients, under some of the sample's numbers."""
+    for name, numbers in splits.items():
+        write_chexpert(folder / "images", name, numbers)
+    make_shards(folder / "images", folder / "shards", default_options(size=64), called="childrens")
+    return folder / "shards"
 
 
 @pytest.fixture
-def teacher(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> list[object]:
+def teacher(sample_shards: Shards, tmp_path: Path) -> list[object]:
     """The options of a student of a run of one epoch."""
     run = tmp_path / "teacher"
     call_train("train", "--shards", sample_shards[0], "--run", run, *WORDS, "--uncertain", "ignore")
@@ -60,31 +74,24 @@ def teacher(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> list[object
 @pytest.fixture
 def other_hospital(tmp_path: Path) -> list[object]:
     """The options of a mix with shards of other patients under the same numbers."""
-    write_chexpert(tmp_path / "films", "train", range(1, 31))
-    write_chexpert(tmp_path / "films", "valid", range(40, 45))
-    make_shards(tmp_path / "films", tmp_path / "other", default_options(size=64), called="childrens")
-    return ["--shards", tmp_path / "other", "--mix", "1,3"]
+    shards = make_other(tmp_path / "hospital", train=range(1, 31), valid=range(40, 45))
+    return ["--shards", shards, "--mix", "1,3"]
 
 
 @pytest.mark.parametrize(
-    ("folder", "options", "more"),
+    ("words", "more"),
     [
-        ("shards", "--augment crop --batch-size 64", None),
-        ("shards", "--loss aucm", None),
-        ("studies", "--fusion mean", None),
-        ("shards", "--balance Edema", None),
-        ("shards", "", "other_hospital"),
-        ("shards", "", "teacher"),
+        ("shards --augment crop --batch-size 64", None),
+        ("shards --loss aucm", None),
+        ("studies --fusion mean", None),
+        ("shards --balance Edema", None),
+        ("shards", "other_hospital"),
+        ("shards", "teacher"),
     ],
 )
+@pytest.mark.usefixtures("sample_shards")
 def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
-    sample: Path,
-    sample_shards: object,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    folder: str,
-    options: str,
-    more: str | None,
+    sample: Path, tmp_path: Path, request: pytest.FixtureRequest, words: str, more: str | None
 ) -> None:
     """1 × 48 and 3 × 16 samples, or 1 × 64 and 4 × 16, 10 steps; a mask with holes, so that ranks have unequal cells.
 
@@ -92,35 +99,34 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
     where a gradient is nearly zero Adam makes whole steps of the difference. So rounding grows: after 20 steps of
     the AUC margin loss, from 4e-9 to .003.
     """
-    words = [*OPTIONS, "--shards", sample / folder, "--run", "unused", "--batch-size", 48, "--augment", "none"]
-    words += ["--blank", "ignore", "--lr", 1e-3, *options.split()]
-    words += request.getfixturevalue(more) if more else []
-    count = 4 if "64" in options else 3
-    found = {}
+    folder, *changes = words.split()
+    options = [*OPTIONS, "--shards", sample / folder, "--run", "unused", "--batch-size", 48, "--augment", "none"]
+    options += ["--blank", "ignore", "--lr", 1e-3, *changes, *(request.getfixturevalue(more) if more else [])]
+    count = 4 if "64" in changes else 3
+    results = {}
     for ranks in (0, count):
         out = tmp_path / str(ranks)
-        code, said = finish(start(ranks, "tests/ranks_worker.py", out, 10, *words), 300)
-        assert code == 0, said
-        found[ranks] = [np.load(out / f"{rank}.npz") for rank in range(max(ranks, 1))]
-    (alone,) = found[0]
+        code, stderr = finish(start(ranks, "tests/ranks_worker.py", out, 10, *options), 300)
+        assert code == 0, stderr
+        results[ranks] = [np.load(out / f"{rank}.npz") for rank in range(max(ranks, 1))]
+    (alone,) = results[0]
     assert len(alone["rows"]) == 10
     assert len(set(alone["losses"].round(3))) > 5  # it learns
-    together = np.concatenate([of_rank["rows"] for of_rank in found[count]], axis=1)
+    together = np.concatenate([result["rows"] for result in results[count]], axis=1)
     assert together.tolist() == alone["rows"].tolist()
-    for of_rank in found[count]:
+    for result in results[count]:
         for name, tolerance in {"gradients": 1e-5, "losses": 1e-4}.items():
-            np.testing.assert_allclose(of_rank[name], alone[name], rtol=0, atol=tolerance)
+            np.testing.assert_allclose(result[name], alone[name], rtol=0, atol=tolerance)
         # The final ones, but for the one in a hundred whose gradients are nearly zero.
-        assert np.quantile(np.abs(of_rank["weights"] - alone["weights"]), 0.99) < 1e-4
+        assert np.quantile(np.abs(result["weights"] - alone["weights"]), 0.99) < 1e-4
 
 
 @pytest.fixture
-def other(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Path:
+def other(sample_shards: Shards, tmp_path: Path) -> Path:
     """Shards of other patients, and a run to start from."""
-    write_chexpert(tmp_path / "images", "train", range(1, 31))
-    make_shards(tmp_path / "images", tmp_path / "shards", default_options(size=64), called="childrens")
-    code, said = finish(start(0, "train.py", "--shards", sample_shards[0], "--run", tmp_path / "first", *WORDS))
-    assert code == 0, said
+    make_other(tmp_path, train=range(1, 31))
+    code, stderr = finish(start(0, "train.py", "--shards", sample_shards[0], "--run", tmp_path / "first", *WORDS))
+    assert code == 0, stderr
     return tmp_path
 
 
@@ -133,26 +139,26 @@ def disturb(process: "subprocess.Popen[str]", run: Path, evaluations: int, ranks
         return (run / name).read_text().count("\n") if (run / name).exists() else 0
 
     starts = count_lines("environment.jsonl")
-    while process.poll() is None and (
-        count_lines("environment.jsonl") == starts or count_lines("metrics.jsonl") < evaluations
-    ):
+    while count_lines("environment.jsonl") == starts or count_lines("metrics.jsonl") < evaluations:
+        if process.poll() is not None:
+            break
         time.sleep(0.01)
     time.sleep(round_.dice.random() / 5)
     if process.poll() is None:
-        of_rank = ranks and number == signal.SIGKILL
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(choice(children[-ranks:])) if of_rank else process.pid, number)
+        one_rank = ranks and number == signal.SIGKILL
+        os.kill(int(choice(children[-ranks:])) if one_rank else process.pid, number)
     began = time.monotonic()
-    code, said = finish(process)
+    code, stderr = finish(process)
     if code == 0:
         return 0
     if number == signal.SIGKILL:
-        assert code == (1 if ranks else -number), said
-        assert not ranks or re.search(r"Error: rank \d: another rank is lost: ", said), said
+        assert code == (1 if ranks else -number), stderr
+        assert not ranks or re.search(r"Error: rank \d: another rank is lost: ", stderr), stderr
         assert time.monotonic() - began < 200  # seconds; to wait for a lost one would take five minutes
     else:
-        assert ranks or code == (130 if number == signal.SIGINT else 143), said
-        assert f"{run}: stopped and saved; the same command continues\n" in said, said
+        assert ranks or code == (130 if number == signal.SIGINT else 143), stderr
+        assert f"{run}: stopped and saved; the same command continues\n" in stderr, stderr
     round_.survived(f"{number.name} of {'a rank' if ranks else 'train.py'}")
     return code
 
@@ -160,7 +166,7 @@ def disturb(process: "subprocess.Popen[str]", run: Path, evaluations: int, ranks
 @pytest.mark.soak
 def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, rounds: Iterator[Round]) -> None:
     for round_ in rounds:
-        dice, run, whole, ranks = round_.dice, round_.folder / "run", round_.folder / "whole", 0
+        dice, run, undisturbed, ranks = round_.dice, round_.folder / "run", round_.folder / "undisturbed", 0
         while True:
             options = round_.draw("train", sample=sample, other=other)
             with suppress(click.UsageError):  # what does not go together
@@ -168,16 +174,16 @@ def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, ro
                 break
         print(ranks := dice.choice([0, 0, 2]), "ranks:", *options)  # with three, a resumed one rounds otherwise
         begin = partial(start, ranks, "train.py", *options, "--run")
-        code, said = finish(begin(whole))
-        assert code == 0, said
-        assert said.count("Epoch 1: dev AUROC ") == 1  # of the first rank alone
-        evaluations = (whole / "metrics.jsonl").read_text().count("\n")
+        code, stderr = finish(begin(undisturbed))
+        assert code == 0, stderr
+        assert stderr.count("Epoch 1: dev AUROC ") == 1  # of the first rank alone
+        evaluations = (undisturbed / "metrics.jsonl").read_text().count("\n")
         for _ in range(dice.randint(1, 3)):
             if disturb(begin(run), run, dice.randrange(evaluations), ranks, round_) == 0:
                 break
-        code, said = finish(begin(run))
-        assert code == 0, said
-        assert_same_run(run, whole)
+        code, stderr = finish(begin(run))
+        assert code == 0, stderr
+        assert_same_run(run, undisturbed)
         # A finished run is recognized without what takes long to import, unless it has weights to read.
         slow = ["scipy.stats", "matplotlib", *([] if "--init" in options else ["torch"])]
         program = f"import runpy, sys; sys.modules |= dict.fromkeys({slow}); "
@@ -187,14 +193,14 @@ def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, ro
         assert f"{run}: finished, after step " in again.stderr
         # What the ranks scored together is what one process finds.
         scores = open_scores(run / "scores-valid.arrow").values
-        code, said = finish(start(0, "train.py", "evaluate", "--run", run))
-        assert code == 0, said
+        code, stderr = finish(start(0, "train.py", "evaluate", "--run", run))
+        assert code == 0, stderr
         np.testing.assert_allclose(scores, open_scores(run / "scores-valid.arrow").values, atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["policy", "dev", "--epochs", "--lr", "--seed"])
 def test_ranks_that_differ_all_end_and_name_the_field(
-    shards: tuple[Path, Manifest], chexpert: Path, tmp_path: Path, field: str
+    shards: Shards, chexpert: Path, tmp_path: Path, field: str
 ) -> None:
     """The command typed on two hosts, with a difference: two agents of torchrun on loopback."""
     other = tmp_path / "other"
@@ -214,41 +220,112 @@ def test_ranks_that_differ_all_end_and_name_the_field(
         agent = ["--nnodes", 2, "--nproc-per-node", 1, "--node-rank", rank, "--master-addr", "127.0.0.1"]
         words = [*OPTIONS, "--shards", folder, "--run", tmp_path / f"run{rank}", "--batch-size", 8]
         words += ["--uncertain", "ignore", *chain(*values.items())]
-        command = [sys.executable, "-m", "torch.distributed.run", *agent, "--master-port", port, "--"]
-        command += [REPOSITORY / "train.py", *words]
-        processes.append(subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True))
+        command = [*TORCHRUN, *agent, "--master-port", port, "--", REPOSITORY / "train.py", *words]
+        processes.append(spawn(*command, stderr=subprocess.PIPE))
     name = {"policy": "shards", "dev": "shards"}.get(field, field.removeprefix("--"))
     remedy = "start every rank by the same command, with the same shards and packages"
-    for code, said in map(finish, processes):
+    for code, stderr in map(finish, processes):
         assert code == 1
-        assert re.search(rf"Error: rank 1 has {name} \S+ and rank 0 has \S+: {remedy}\n", said), said
+        assert re.search(rf"Error: rank 1 has {name} \S+ and rank 0 has \S+: {remedy}\n", stderr), stderr
     assert not [*tmp_path.glob("run*")]
 
 
-def test_what_several_ranks_cannot_do_is_refused(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_what_several_ranks_cannot_do_is_refused(sample_shards: Shards, tmp_path: Path) -> None:
     options = ["--shards", sample_shards[0], "--run", tmp_path / "run", *OPTIONS]
-    code, said = finish(start(2, "train.py", *options, "--batch-size", 9))
+    code, stderr = finish(start(2, "train.py", *options, "--batch-size", 9))
     assert code == 1
-    assert (
-        "Error: --batch-size 9 for --accumulate 1 on each of 2 ranks: the parts must be equal, of 2 images or more"
-        in said
-    )
-    code, said = finish(start(1, "train.py", "evaluate", *options[:4]))
+    batch = "--batch-size 9 for --accumulate 1 on each of 2 ranks"
+    assert f"Error: {batch}: the parts must be equal, of 2 images or more" in stderr
+    code, stderr = finish(start(1, "train.py", "evaluate", *options[:4]))
     assert code == 1
-    assert "Error: evaluate is for one process: start it without torchrun" in said
+    assert "Error: evaluate is for one process: start it without torchrun" in stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_unusable_images_are_one_budget_of_all_ranks(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
+def test_unusable_images_are_one_budget_of_all_ranks(sample_shards: Shards, tmp_path: Path) -> None:
     """One image of each rank's first batch is damaged, and one is allowed."""
     folder = Path(shutil.copytree(sample_shards[0], tmp_path / "shards"))
     split = open_split(*sample_shards, "train")
     for rank in (0, 1):
         step = next(plan_training(find_images(split), 8, seed=0, epoch=0, rank=rank, ranks=2))
         row = int(step.images[0])
-        path = folder / split.shards[split.shard[row]].shard.file
-        flip(path, split.offset[row] + 100)
+        flip(folder / split.shards[split.shard[row]].shard.file, split.offset[row] + 100)
     options = ["--shards", folder, "--run", tmp_path / "run", *OPTIONS, "--batch-size", 8, "--epochs", 1]
-    code, said = finish(start(2, "train.py", *options, "--max-bad", 1.5 / len(split.shard)))
+    code, stderr = finish(start(2, "train.py", *options, "--max-bad", 1.5 / len(split.shard)))
     assert code == 1
-    assert "Error: 2 images cannot be used, more than 1 (--max-bad)\n" in said, said
+    assert "Error: 2 images cannot be used, more than 1 (--max-bad)\n" in stderr, stderr
+
+
+def ip(*arguments: str, on: tuple[str, ...] = ()) -> None:
+    subprocess.run([*on, "ip", *arguments], check=True)
+
+
+@pytest.fixture
+def second_host() -> Iterator[tuple[str, ...]]:
+    """What runs a command on the second host."""
+    with subprocess.Popen(["unshare", "--net", "sleep", "infinity"]) as sleeper:
+        try:
+            time.sleep(0.5)
+            second = ("nsenter", "--target", str(sleeper.pid), "--net")
+            ip("link", "add", LINKS[0], "type", "veth", "peer", "name", LINKS[1], "netns", str(sleeper.pid))
+            for address, link, on in zip(ADDRESSES, LINKS, ((), second), strict=True):
+                ip("address", "add", f"{address}/24", "dev", link, on=on)
+                ip("link", "set", link, "up", on=on)
+            ip("link", "set", "lo", "up", on=second)
+            yield second
+        finally:
+            sleeper.kill()  # the link goes with its end
+
+
+@pytest.mark.skipif("SWIFT_BIN" not in os.environ, reason="needs Swift: make test-cluster")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes network namespaces")
+def test_a_cut_link_changes_nothing(
+    second_host: tuple[str, ...], sample_shards: Shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_swift(Path(os.environ["SWIFT_BIN"]).absolute(), tmp_path / "swift", ADDRESSES[0]) as endpoint:
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            monkeypatch.setenv(name, value)
+        import s3fs
+
+        store = s3fs.S3FileSystem(skip_instance_cache=True)
+        store.makedirs("chest")
+        store.put(f"{sample_shards[0]}/", "s3://chest/shards", recursive=True)
+
+        def begin(run: str) -> list["subprocess.Popen[str]"]:
+            (port,) = free_ports(1)
+            processes = []
+            for host, on in enumerate(((), second_host)):
+                # Neither address is what the machine's name resolves to, by which torchrun would know.
+                agent = ["--rdzv-conf", f"is_host={1 - host}", "--rdzv-endpoint", f"{ADDRESSES[0]}:{port}"]
+                agent += ["--rdzv-backend", "c10d", "--local-addr", ADDRESSES[host]]
+                agent += ["--nnodes", "2", "--nproc-per-node", "1", "--", train.__file__]
+                words = ["--shards", "s3://chest/shards", "--cache", tmp_path / f"cache-{run}-{host}"]
+                words += ["--run", tmp_path / f"host{host}" / run, "--arch", "rescnn", "--image-size", 64]
+                words += ["--batch-size", 8, "--epochs", 8, "--workers", 1]
+                variables = {"GLOO_SOCKET_IFNAME": LINKS[host]}
+                processes.append(spawn(*on, *TORCHRUN, *agent, *words, variables=variables))
+            return processes
+
+        assert [process.wait(timeout=300) for process in begin("undisturbed")] == [0, 0]
+        undisturbed, cut = tmp_path / "host0" / "undisturbed", tmp_path / "host0" / "cut"
+
+        processes = begin("cut")
+        while not (cut / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        epochs = (cut / "metrics.jsonl").read_text().count("\n")
+        ip("link", "set", LINKS[0], "down")
+        time.sleep(20)
+        assert (cut / "metrics.jsonl").read_text().count("\n") <= epochs + 1  # it had to wait
+        ip("link", "set", LINKS[0], "up")
+        codes = [process.wait(timeout=300) for process in processes]
+        print(f"after the cut: {codes}")
+        if codes != [0, 0]:
+            assert [process.wait(timeout=300) for process in begin("cut")] == [0, 0]
+        assert_same_run(cut, undisturbed)
+        assert not (tmp_path / "host1").exists()  # the second host writes nothing

@@ -19,10 +19,9 @@ from PIL import Image
 from model.export import SCRIPT
 from pipeline.images import ImageOptions, decode_stored, prepare, resize
 
-OPTIONS = [
-    ImageOptions(size=64, square=square, encoding="jpeg", quality=95, max_pixels=10**7)
-    for square in ("no", "pad", "crop", "stretch")
-] + [ImageOptions(None, "no", "jpeg", 90, 10**7), ImageOptions(64, "no", "raw", 95, 10**7, bits=14)]
+SQUARES = ("no", "pad", "crop", "stretch")
+OPTIONS = [ImageOptions(size=64, square=square, encoding="jpeg", quality=95, max_pixels=10**7) for square in SQUARES]
+OPTIONS += [ImageOptions(None, "no", "jpeg", 90, 10**7), ImageOptions(64, "no", "raw", 95, 10**7, bits=14)]
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -51,32 +50,24 @@ def draw_kinds(height: int, width: int) -> Iterator[tuple[str, bytes]]:
     yield "JPEG progressive", encode(gray, "JPEG", progressive=True)
     yield "JPEG RGB", encode(color, "JPEG", keep_rgb=True)
     palette, both = color.quantize(64), Image.merge("LA", [gray, alpha])
-    for name, image in {
-        "gray": gray,
-        "color": color,
-        "palette": palette,
-        "alpha": both,
-        "1 bit": gray.convert("1"),
-    }.items():
+    kinds = {"gray": gray, "color": color, "palette": palette, "alpha": both, "1 bit": gray.convert("1")}
+    for name, image in kinds.items():
         yield f"PNG {name}", encode(image, "PNG", exif=turned)
     yield "PNG color and alpha", encode(Image.merge("RGBA", [*color.split(), alpha]), "PNG")
     yield "PNG palette, transparent", encode(palette, "PNG", transparency=3)
     yield "PNG all transparent", encode(Image.merge("LA", [gray, Image.new("L", gray.size)]), "PNG")
     yield "PNG 16 bits", encode(deep, "PNG")
     yield "PNG 16 bits, transparent", encode(deep, "PNG", transparency=int(np.asarray(deep)[0, 0]))
-    chunk = b"sBIT\x0d"
-    header, rest = (data := encode(deep, "PNG"))[:33], data[33:]
-    yield "PNG 13 of 16 bits", header + struct.pack(">I5sI", 1, chunk, zlib.crc32(chunk)) + rest
+    chunk, data = b"sBIT\x0d", encode(deep, "PNG")
+    yield "PNG 13 of 16 bits", data[:33] + struct.pack(">I5sI", 1, chunk, zlib.crc32(chunk)) + data[33:]
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
     """The script's functions, loaded where nothing but what it needs can be imported."""
     fake: Any = ModuleType("onnxruntime")
-    texts = dict.fromkeys(("labels", "image_size", "images", "thresholds"), "{}") | {
-        "threshold_rule": "none",
-        "use": "",
-    }
+    texts = dict.fromkeys(("labels", "image_size", "images", "thresholds"), "{}")
+    texts |= {"threshold_rule": "none", "use": ""}
     metadata = SimpleNamespace(custom_metadata_map=texts)
     fake.InferenceSession = lambda _: SimpleNamespace(get_modelmeta=lambda: metadata)
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
@@ -103,7 +94,7 @@ def test_a_kind_that_pillow_reads_differently_is_refused(script: dict[str, Calla
 
 
 def test_the_script_is_short_and_needs_three_packages() -> None:
-    text = Path(SCRIPT).read_text()
-    assert len(text.splitlines()) < 60
-    imports = {line.split()[1] for line in text.splitlines() if line.startswith(("import ", "from "))}
+    lines = Path(SCRIPT).read_text().splitlines()
+    assert len(lines) < 60
+    imports = {line.split()[1] for line in lines if line.startswith(("import ", "from "))}
     assert imports - {"io", "json", "sys"} == {"numpy", "onnxruntime", "PIL"}
