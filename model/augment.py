@@ -83,9 +83,9 @@ def augment(
 def change_look(images: Tensor, draws: Tensor, grain: Tensor) -> Tensor:
     """Equalized images [B, 1, H, W] as another device might have rendered them; no finding moves.
 
-    In this order: detail finer than a random scale is removed or enhanced, noise is added, and half of the images get
-    a border of a random gray. The gray scale needs no change: it is equalized afterwards. `draws` [B, 11] in (-1, 1)
-    decide all but `grain` [H, W], a field of standard normal noise, which is shifted differently for each image.
+    Detail finer than a random scale is removed or enhanced, noise is added, and half of the images get a border of a
+    random gray. `draws` [B, 11] in (-1, 1) decide all but `grain` [H, W], standard normal noise, which is shifted
+    differently for each image. The gray scale needs no change: it is equalized afterwards.
     """
     height, width = images.shape[2:]
     unit = ((draws + 1) / 2)[..., None, None, None]  # [B, 11, 1, 1, 1] in (0, 1)

@@ -72,10 +72,7 @@ class Start(NamedTuple):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. `state` holds only tensors and plain Python values.
-
-    Raises DataError, naming the file, if it cannot be written.
-    """
+    """Write tensors and plain Python values atomically. Raises DataError, naming the file, if it cannot be written."""
     with atomic_file(path) as file:
         try:
             torch.save(state, file)

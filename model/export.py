@@ -112,14 +112,11 @@ def export_scorer(scorer: Scorer, shape: tuple[int, int], path: Path, facts: Map
 
 
 def draw_probes(height: int, width: int) -> Tensor:
-    """uint8 images [12, 1, height, width] over the whole gray range: flat, gradients, and smooth shades as in X-rays.
-
-    Noise alone would not do, because it saturates the sigmoid of a network trained on X-rays.
-    """
+    """uint8 images [12, 1, height, width] over the whole gray range: flat, gradients, and shades as in X-rays."""
     down, right = (torch.linspace(0, 255, side) for side in (height, width))
     probes = [torch.full((height, width), level) for level in (0.0, 64.0, 128.0, 255.0)]
     probes += [ramp.expand(height, width) for ramp in (right, down[:, None], right.flip(0))]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # smooth, because noise saturates a network trained on X-rays
     for cells in (3, 5, 8, 12, 20):
         coarse = torch.rand((1, 1, cells, cells), generator=generator) * 255
         probes.append(functional.interpolate(coarse, (height, width), mode="bilinear")[0, 0])
@@ -127,7 +124,7 @@ def draw_probes(height: int, width: int) -> Tensor:
 
 
 def compare_scores(scores: Tensor, expected: Tensor, path: Path) -> float:
-    """The largest difference in logits between scores [B, L] and the expected ones, ignoring saturated ones.
+    """The largest difference in logits between scores [B, L], but saturated ones, and the expected scores.
 
     Raises DataError, with the path, if it is above TOLERANCE, or if all are saturated.
     """

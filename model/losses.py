@@ -55,10 +55,8 @@ masked_loss = MaskedLoss()  # for training loops of your own: every label has tw
 
 
 def label_scores(logits: Tensor) -> Tensor:
-    """Scores in [0, 1] of label logits: the probability of positive, given positive or negative.
-
-    In float32 at least: in half precision, nearly equal scores would tie.
-    """
+    """Scores in [0, 1] of label logits: the probability of positive, given positive or negative."""
+    # In float32 at least: in half precision, nearly equal scores would tie.
     return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 

@@ -92,10 +92,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def split_arch(arch: str) -> tuple[str, dict[str, Any]]:
-    """The name that timm knows a network by, and arguments for its constructor. Raises DataError.
-
-    As in `timm/eva02_tiny_patch14_224?patch_size=16&drop_path_rate=0.1`.
-    """
+    """Of `timm/NAME?patch_size=16&drop_path_rate=0.1`, the name and the constructor's arguments. Raises DataError."""
     name, _, text = arch.removeprefix(TIMM).partition("?")
     try:
         options: dict[str, Any] = dict(parse_qsl(text, strict_parsing=bool(text)))

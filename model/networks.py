@@ -133,10 +133,7 @@ def _build_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrain
 
 
 class Head(nn.Linear):
-    """A linear layer that computes in float32 even under autocast; its state dict is that of any linear layer.
-
-    In bf16 its outputs would have 8 bits: two thirds of an evaluation's scores would tie with others.
-    """
+    """A linear layer that computes in float32 even under autocast; its state dict is that of any linear layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
         # On meta, with the layer's parameters set afterwards: the random generator must not advance.
@@ -147,6 +144,7 @@ class Head(nn.Linear):
         """Outputs [B, outputs] of features [B, inputs]."""
         if not torch.is_autocast_enabled(features.device.type):
             return super().forward(features)
+        # In bf16 its outputs would have 8 bits: two thirds of an evaluation's scores would tie with others.
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.float())
 
@@ -357,8 +355,7 @@ def freeze(network: nn.Module) -> nn.Module:
 
 def begin_training(network: nn.Module) -> None:
     """Put the network into training mode, except a frozen backbone: its BatchNorm statistics do not change."""
-    learns = [parameter.requires_grad for parameter in network.parameters()]
-    network.train(all(learns) or isinstance(network, StudyNetwork))
+    network.train(isinstance(network, StudyNetwork) or all(weight.requires_grad for weight in network.parameters()))
 
 
 def _spread(values: Tensor, present: Tensor, hide: bool = False) -> Tensor:

@@ -84,8 +84,7 @@ class Ranks:
         table = self.gather(requested(), *values)
         if code := int(table[:, 0].max()):
             raise Stopped(code)
-        sums: npt.NDArray[np.float64] = table[:, 1:].sum(axis=0)
-        return sums
+        return np.asarray(table[:, 1:].sum(axis=0))
 
     def sum(self, array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """The sum over ranks of arrays of the same shape."""
@@ -122,13 +121,10 @@ class Ranks:
                 raise DataError(f"rank {rank} has {name} {other} and rank 0 has {first}: {remedy}")
 
     def average_gradients(self, network: nn.Module, sync_bn: bool) -> nn.Module:
-        """The network to train: gradients are averaged over the ranks, buffers are the first rank's.
-
-        With `sync_bn`, BatchNorm's statistics are over the whole batch (GPUs only).
-        """
+        """The network to train: gradients are averaged over the ranks, buffers are the first rank's."""
         if not self.joined:
             return network
-        if sync_bn:
+        if sync_bn:  # BatchNorm's statistics are over the whole batch; GPUs only
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
 

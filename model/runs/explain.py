@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.augment import normalize
-from model.heatmaps import draw_maps
-from model.predict import explain_memory, to_device
+from model.predict import draw_maps, explain_memory, to_device
 from model.runs.overlap import check_seen
 from model.runs.predictor import Network, load_network
 from model.runs.run import Run, open_images

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from model.heatmaps import draw_maps
 from model.networks import build_network
+from model.predict import draw_maps
 
 
 class Tokens(nn.Module):
