@@ -106,8 +106,8 @@ def write_nih(home: Path) -> None:
     """NIH ChestX-ray14: images in two of twelve folders, one of them in color."""
     copy_tables("nih", home)
     for number, row in enumerate(NIH_ROWS):
-        path = home / f"images_{1 + number % 2:03d}" / "images" / row["Image Index"]
-        draw(path, number, mode="RGBA" if number == 0 else "L")
+        folder = home / f"images_{1 + number % 2:03d}" / "images"
+        draw(folder / row["Image Index"], number, mode="RGBA" if number == 0 else "L")
 
 
 def write_mimic(home: Path) -> None:

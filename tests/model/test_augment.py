@@ -54,15 +54,12 @@ def test_ranks_together_see_the_augmentations_of_one(kind: Augmentation) -> None
 
 @pytest.mark.parametrize(
     ("draws", "expected"),
-    [
-        ((0.8, 0.0, 0.0, 0.0), {"angle": -12.0}),
-        ((0.0, 0.5, -0.25, 0.0), {"translate": [-3, 1]}),
-        ((0.0, 0.0, 0.0, 1.0), {"scale": 1.05}),
-    ],
+    [((0.8, 0, 0, 0), {"angle": -12.0}), ((0, 0.5, -0.25, 0), {"translate": [-3, 1]}), ((0, 0, 0, 1), {"scale": 1.05})],
 )
 def test_affine_maps_are_torchvisions(draws: tuple[float, ...], expected: dict[str, Any]) -> None:
     image = smooth_image(80, 120)
-    output = sample(image, sampling_matrices(torch.tensor([draws]), torch.zeros(1, 3), 0.0, 80 / 120))
+    turn = torch.tensor([draws], dtype=torch.float32)
+    output = sample(image, sampling_matrices(turn, torch.zeros(1, 3), 0.0, 80 / 120))
     options = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0]} | expected
     reference = affine(image, interpolation=InterpolationMode.BILINEAR, **options)
     torch.testing.assert_close(output[..., 20:60, 20:100], reference[..., 20:60, 20:100], rtol=0, atol=1e-3)

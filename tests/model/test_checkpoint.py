@@ -94,7 +94,6 @@ def test_checkpoints_cut_anywhere_are_damaged(tmp_path: Path, zipped: bool) -> N
 
 
 def test_a_checkpoint_that_claims_more_than_it_holds_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """A few bytes of a zip's directory would have torch allocate gigabytes."""
     path = tmp_path / "last.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(10**7))

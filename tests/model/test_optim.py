@@ -42,12 +42,12 @@ def test_matrices_and_kernels_decay_and_nothing_else() -> None:
 def test_steps_are_adamws_and_continue_from_a_checkpoint_to_the_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = build_network("rescnn", 14).to(memory_format=torch.channels_last)
-    theirs = copy.deepcopy(ours)
+    copied = copy.deepcopy(ours)
     optimizer = build_optimizer(ours, lr=1e-3, weight_decay=0.1)
-    matrices, others = ([p for p in theirs.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
+    matrices, others = ([p for p in copied.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-3, foreach=False, fused=False)
-    pairs = list(zip(ours.parameters(), theirs.parameters(), strict=True))
+    pairs = list(zip(ours.parameters(), copied.parameters(), strict=True))
     for seed in range(3):
         step(ours, optimizer, seed)
         for mine, other in pairs:
@@ -120,15 +120,15 @@ def test_groups_of_timms_networks_are_timms(names: list[str] | None) -> None:
             assert names is None
             continue
         kept = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()  # type: ignore[operator]
-        theirs = {
+        references = {
             1.0: values_of(param_groups_weight_decay(network, 0.1, no_weight_decay_list=kept)),
             0.5: values_of(param_groups_layer_decay(network, 0.1, kept, layer_decay=0.5)),
         }
-        for share, expected in theirs.items():
+        for share, expected in references.items():
             assert values_of(build_optimizer(network, 1.0, 0.1, share).param_groups) == expected, name
         study = StudyNetwork(network, "attention", frozen=False)
         new = dict.fromkeys([study.projection, study.attention.weight], (0.1, 1.0))
-        for share, expected in theirs.items():
+        for share, expected in references.items():
             fused = values_of(build_optimizer(study, 1.0, 0.1, share).param_groups)
             assert fused == expected | new, name
             assert fused.keys() == set(study.parameters()), name
@@ -158,14 +158,14 @@ def test_the_average_is_torchs_with_a_warming_decay() -> None:
     def warming(averages: Any, values: Any, _: object) -> None:
         get_ema_multi_avg_fn(min(0.3, (1 + count) / (10 + count)))(averages, values, count)
 
-    theirs = AveragedModel(network, multi_avg_fn=warming, use_buffers=True)
+    reference = AveragedModel(network, multi_avg_fn=warming, use_buffers=True)
     for count in range(6):
         step(network, optimizer, seed=count)
         update_average(average, network, decay=0.3, updates=count)
-        theirs.update_parameters(network)
+        reference.update_parameters(network)
         if count == 0:
             torch.testing.assert_close(average.state_dict(), network.state_dict(), rtol=0, atol=0)
-    ours, expected = average.state_dict(), theirs.module.state_dict()
+    ours, expected = average.state_dict(), reference.module.state_dict()
     for name in [name for name in ours if name.endswith("num_batches_tracked")]:
         assert int(ours.pop(name)) == 6
         expected.pop(name)

@@ -48,10 +48,11 @@ def start(ranks: int, script: str, *arguments: object) -> "subprocess.Popen[str]
     return spawn(*command, REPOSITORY / script, *arguments, stderr=subprocess.PIPE)
 
 
-def finish(process: "subprocess.Popen[str]", seconds: float = 600) -> tuple[int, str]:
-    """The exit code and standard error."""
-    _, stderr = process.communicate(timeout=seconds)
-    return process.returncode, stderr
+def finish(process: "subprocess.Popen[str]", code: int = 0) -> str:
+    """Standard error of a process that ends with this code."""
+    _, stderr = process.communicate(timeout=600)
+    assert process.returncode == code, stderr
+    return stderr
 
 
 def make_other(folder: Path, **splits: range) -> Path:
@@ -106,8 +107,7 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
     results = {}
     for ranks in (0, count):
         out = tmp_path / str(ranks)
-        code, stderr = finish(start(ranks, "tests/ranks_worker.py", out, 10, *options), 300)
-        assert code == 0, stderr
+        finish(start(ranks, "tests/ranks_worker.py", out, 10, *options))
         results[ranks] = [np.load(out / f"{rank}.npz") for rank in range(max(ranks, 1))]
     (alone,) = results[0]
     assert len(alone["rows"]) == 10
@@ -125,8 +125,7 @@ def test_any_number_of_ranks_sees_the_same_batches_and_learns_the_same(
 def other(sample_shards: Shards, tmp_path: Path) -> Path:
     """Shards of other patients, and a run to start from."""
     make_other(tmp_path, train=range(1, 31))
-    code, stderr = finish(start(0, "train.py", "--shards", sample_shards[0], "--run", tmp_path / "first", *WORDS))
-    assert code == 0, stderr
+    finish(start(0, "train.py", "--shards", sample_shards[0], "--run", tmp_path / "first", *WORDS))
     return tmp_path
 
 
@@ -149,8 +148,8 @@ def disturb(process: "subprocess.Popen[str]", run: Path, evaluations: int, ranks
         one_rank = ranks and number == signal.SIGKILL
         os.kill(int(choice(children[-ranks:])) if one_rank else process.pid, number)
     began = time.monotonic()
-    code, stderr = finish(process)
-    if code == 0:
+    _, stderr = process.communicate(timeout=600)
+    if (code := process.returncode) == 0:
         return 0
     if number == signal.SIGKILL:
         assert code == (1 if ranks else -number), stderr
@@ -174,27 +173,22 @@ def test_a_killed_or_stopped_run_continues_exactly(sample: Path, other: Path, ro
                 break
         print(ranks := dice.choice([0, 0, 2]), "ranks:", *options)  # with three, a resumed one rounds otherwise
         begin = partial(start, ranks, "train.py", *options, "--run")
-        code, stderr = finish(begin(undisturbed))
-        assert code == 0, stderr
-        assert stderr.count("Epoch 1: dev AUROC ") == 1  # of the first rank alone
+        assert finish(begin(undisturbed)).count("Epoch 1: dev AUROC ") == 1  # of the first rank alone
         evaluations = (undisturbed / "metrics.jsonl").read_text().count("\n")
         for _ in range(dice.randint(1, 3)):
             if disturb(begin(run), run, dice.randrange(evaluations), ranks, round_) == 0:
                 break
-        code, stderr = finish(begin(run))
-        assert code == 0, stderr
+        finish(begin(run))
         assert_same_run(run, undisturbed)
         # A finished run is recognized without what takes long to import, unless it has weights to read.
         slow = ["scipy.stats", "matplotlib", *([] if "--init" in options else ["torch"])]
         program = f"import runpy, sys; sys.modules |= dict.fromkeys({slow}); "
         program += "runpy.run_path('train.py', run_name='__main__')"
-        words = list(map(str, [sys.executable, "-c", program, *options, "--run", run]))
-        again = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        assert f"{run}: finished, after step " in again.stderr
+        again = spawn(sys.executable, "-c", program, *options, "--run", run, cwd=REPOSITORY, stderr=subprocess.PIPE)
+        assert f"{run}: finished, after step " in again.communicate(timeout=600)[1]
         # What the ranks scored together is what one process finds.
         scores = open_scores(run / "scores-valid.arrow").values
-        code, stderr = finish(start(0, "train.py", "evaluate", "--run", run))
-        assert code == 0, stderr
+        finish(start(0, "train.py", "evaluate", "--run", run))
         np.testing.assert_allclose(scores, open_scores(run / "scores-valid.arrow").values, atol=1e-6)
 
 
@@ -224,20 +218,16 @@ def test_ranks_that_differ_all_end_and_name_the_field(
         processes.append(spawn(*command, stderr=subprocess.PIPE))
     name = {"policy": "shards", "dev": "shards"}.get(field, field.removeprefix("--"))
     remedy = "start every rank by the same command, with the same shards and packages"
-    for code, stderr in map(finish, processes):
-        assert code == 1
+    for stderr in [finish(process, 1) for process in processes]:
         assert re.search(rf"Error: rank 1 has {name} \S+ and rank 0 has \S+: {remedy}\n", stderr), stderr
     assert not [*tmp_path.glob("run*")]
 
 
 def test_what_several_ranks_cannot_do_is_refused(sample_shards: Shards, tmp_path: Path) -> None:
     options = ["--shards", sample_shards[0], "--run", tmp_path / "run", *OPTIONS]
-    code, stderr = finish(start(2, "train.py", *options, "--batch-size", 9))
-    assert code == 1
-    batch = "--batch-size 9 for --accumulate 1 on each of 2 ranks"
-    assert f"Error: {batch}: the parts must be equal, of 2 images or more" in stderr
-    code, stderr = finish(start(1, "train.py", "evaluate", *options[:4]))
-    assert code == 1
+    batch = "--batch-size 9 for --accumulate 1 on each of 2 ranks: the parts must be equal, of 2 images or more"
+    assert f"Error: {batch}" in finish(start(2, "train.py", *options, "--batch-size", 9), 1)
+    stderr = finish(start(1, "train.py", "evaluate", *options[:4]), 1)
     assert "Error: evaluate is for one process: start it without torchrun" in stderr
     assert not (tmp_path / "run").exists()
 
@@ -251,9 +241,8 @@ def test_unusable_images_are_one_budget_of_all_ranks(sample_shards: Shards, tmp_
         row = int(step.images[0])
         flip(folder / split.shards[split.shard[row]].shard.file, split.offset[row] + 100)
     options = ["--shards", folder, "--run", tmp_path / "run", *OPTIONS, "--batch-size", 8, "--epochs", 1]
-    code, stderr = finish(start(2, "train.py", *options, "--max-bad", 1.5 / len(split.shard)))
-    assert code == 1
-    assert "Error: 2 images cannot be used, more than 1 (--max-bad)\n" in stderr, stderr
+    stderr = finish(start(2, "train.py", *options, "--max-bad", 1.5 / len(split.shard)), 1)
+    assert "Error: 2 images cannot be used, more than 1 (--max-bad)\n" in stderr
 
 
 def ip(*arguments: str, on: tuple[str, ...] = ()) -> None:
@@ -324,7 +313,6 @@ def test_a_cut_link_changes_nothing(
         assert (cut / "metrics.jsonl").read_text().count("\n") <= epochs + 1  # it had to wait
         ip("link", "set", LINKS[0], "up")
         codes = [process.wait(timeout=300) for process in processes]
-        print(f"after the cut: {codes}")
         if codes != [0, 0]:
             assert [process.wait(timeout=300) for process in begin("cut")] == [0, 0]
         assert_same_run(cut, undisturbed)
