@@ -249,9 +249,9 @@ class Setup:
 
     def open(self) -> "Shards":
         """The collection of all these shards. Raises DataError."""
-        from pipeline.stream.dataset import read_shards
+        from pipeline.stream.dataset import Shards
 
-        return read_shards(self.shards or SHARDS, self.cache, self.cache_size)
+        return Shards(self.shards or SHARDS, self.cache, self.cache_size)
 
     def checked(self, *runs: Path) -> Self:
         """With the shards that the first run last trained on, unless others are given; `shards` if unknown.

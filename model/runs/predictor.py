@@ -44,7 +44,7 @@ from pipeline.measure.calibration import RULES, Calibration, apply_calibration, 
 from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
-from pipeline.stream.plan import plan_evaluation
+from pipeline.stream.plan import Samples, plan_evaluation
 
 EVALUATION_BATCH = 64  # images
 Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
@@ -136,7 +136,8 @@ class Predictor:
         for member, own in zip(self.members, runs, strict=True):
             chosen = open_rows(own, name)
             if len(chosen.rows) > most:
-                chosen = replace(chosen, samples=chosen.samples.thin(math.ceil(len(chosen.rows) / most)))
+                thinned = chosen.samples.rows[:: math.ceil(len(chosen.rows) / most)]
+                chosen = replace(chosen, samples=Samples(thinned, []))  # whose table order needs no sizes of shards
             images, table = score_split(own, member.network, chosen, member.pixels, alter)
             scores[str(member.folder)] = member.calibrate(images.scores)
         mean = np.mean(list(scores.values()), axis=0)

@@ -43,9 +43,8 @@ from pipeline.policies import (
 )
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.dataset import Shards
-from pipeline.stream.plan import Rows, Samples, Step, Weights, training_steps
-from pipeline.stream.samples import OpenSplit, find_images, find_studies
-from pipeline.stream.select import NothingSelectedError, balance_weights, find_strata, mix_weights, select_rows
+from pipeline.stream.plan import Rows, Samples, Step, Weights, balance_weights, find_strata, mix_weights
+from pipeline.stream.samples import NothingSelectedError, OpenSplit, find_images, find_studies, select_rows
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def open_training(run: Run) -> Data:
     config = run.config
     train, dev = open_rows(run, "train"), open_rows(run, "dev")
     check_reported(run, dev)
-    steps = training_steps(len(train.rows), config.batch_size)
+    steps = len(train.rows) // config.batch_size
     if steps == 0:
         most = len(train.rows) // 2 * 2
         how = f"choose one of {most} or less" if most else "there must be 2 or more"

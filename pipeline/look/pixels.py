@@ -20,8 +20,7 @@ import numpy.typing as npt
 from pipeline.measure.metrics import Floats
 from pipeline.stream.dataset import Selection, open_shards
 from pipeline.stream.plan import Rows
-from pipeline.stream.samples import OpenSplit
-from pipeline.stream.select import NothingSelectedError
+from pipeline.stream.samples import NothingSelectedError, OpenSplit
 
 SIDE = 224  # pixels
 EDGE = SIDE // 32  # the border's width

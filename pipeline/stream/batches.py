@@ -2,13 +2,10 @@
 
     plan    steps: which samples make each batch (pipeline.stream.plan)
     fetch   the same steps; those of remote shards wait until these, downloaded ahead, are on this machine
-    decode  batches: stored bytes, by the Arrow index, → uint8 [N, 1, H, W] on a few threads that work ahead;
-            targets and masks [B, L] are rows of arrays that were vectorized once
+    decode  batches: stored bytes, by the Arrow index, → uint8 [N, 1, H, W], by threads that work ahead
 
-Nothing is parsed per sample and no tar is walked. Threads, not worker processes: reading, libjpeg-turbo and
-OpenCV release the interpreter lock, so nothing is pickled or copied between processes, and batches leave in
-plan order for any number of threads. Bytes are read, not mapped: memory stays flat, and a file truncated
-while it is being streamed raises an error that names it.
+Reading, libjpeg-turbo and OpenCV release the interpreter lock, so threads do without copies between processes. Bytes
+are read, not mapped: memory stays flat, and a file that is truncated meanwhile raises an error that names it.
 """
 
 import logging
@@ -18,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from io import FileIO
 from itertools import chain, islice
 from pathlib import Path
 from threading import Event
@@ -31,7 +29,7 @@ from pipeline.base.errors import DataError, printable
 from pipeline.base.store import read_at
 from pipeline.images import Gray, decode_into, raw_header
 from pipeline.manifest import checksum
-from pipeline.stream.plan import WINDOW, Rows, Step
+from pipeline.stream.plan import WINDOW, Bools, Rows, Step
 from pipeline.stream.samples import OpenSplit
 
 # This module runs its own decoding threads; OpenCV's would only compete with them.
@@ -39,16 +37,17 @@ cv2.setNumThreads(1)
 
 KEPT_OPEN = 2 * WINDOW  # shards: the window that is read, and the next
 DOWNLOADS = 4  # at the same time
+Plan = Callable[[int], Iterator[Step]]  # takes the number of the first step
 Stage = Callable[[Iterator[Any]], Iterator[Any]]
-
+Size = int | tuple[int, int]  # of square images, or height and width
 logger = logging.getLogger(__name__)
 
 
 class Labels(NamedTuple):
-    """Target float32 [N, L] and mask bool [N, L] of all rows of a split, for L labels."""
+    """Of all rows of a split."""
 
-    target: npt.NDArray[np.float32]
-    mask: npt.NDArray[np.bool_]
+    target: npt.NDArray[np.float32]  # [N, L], of L labels
+    mask: Bools  # [N, L]
 
 
 @dataclass
@@ -60,13 +59,12 @@ class Unusable:
 
     def add(self, row: int, reason: str) -> None:
         """Count and log the image of a row once. Raises DataError with the reason if there are more than allowed."""
-        if row in self.rows:
-            return
-        self.rows.add(row)
-        if len(self.rows) > self.allowed:
-            limit = f"; more than {self.allowed} such images (`max_bad`)" if self.allowed else ""
-            raise DataError(reason + limit)
-        logger.warning("%s; left out, %d of %d allowed", reason, len(self.rows), self.allowed)
+        if row not in self.rows:
+            self.rows.add(row)
+            if len(self.rows) > self.allowed:
+                limit = f"; more than {self.allowed} such images (`max_bad`)" if self.allowed else ""
+                raise DataError(reason + limit)
+            logger.warning("%s; left out, %d of %d allowed", reason, len(self.rows), self.allowed)
 
     def update(self, rows: Iterable[int]) -> None:
         """Add rows from other ranks or an earlier part of the run. Raises DataError if there are more than allowed."""
@@ -75,28 +73,23 @@ class Unusable:
             raise DataError(f"{len(self.rows)} images cannot be used, more than {self.allowed} (`max_bad`)")
 
     def state_dict(self) -> dict[str, list[int]]:
-        """What a resume needs."""
         return {"rows": sorted(self.rows)}
 
     def load_state_dict(self, state: Mapping[str, Iterable[int]]) -> None:
-        """Resume counting from this state."""
         self.update(state["rows"])
 
 
-class _OpenFile:
+class _OpenFile(FileIO):
     """A file that is closed when nothing refers to it any longer."""
-
-    descriptor = -1
 
     def __init__(self, path: Path) -> None:
         try:
-            self.descriptor = os.open(path, os.O_RDONLY)
+            super().__init__(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        self.close()
 
 
 class Reader:
@@ -112,13 +105,9 @@ class Reader:
         return zip(*(column[rows].tolist() for column in columns), strict=True)
 
     def read(self, shard: int, offset: int, length: int, crc: int) -> bytes:
-        """An image's stored bytes.
-
-        Raises DataError if its shard cannot be opened, OSError if it cannot be read, and ValueError if the bytes do
-        not match their checksum.
-        """
+        """An image's stored bytes. Raises DataError, OSError and, for other bytes than were indexed, ValueError."""
         file = self._open(shard)  # kept by a name: another thread may make it leave the cache, which would close it
-        data = read_at(file.descriptor, length, offset)
+        data = read_at(file.fileno(), length, offset)
         if checksum(data, self.split.encoding) != crc:
             raise ValueError("its bytes do not match the checksum in the index")
         return data
@@ -128,35 +117,30 @@ class Reader:
         header = raw_header(out.shape) if self.split.encoding == "raw" else b""
         if header and length == len(header) + out.size:  # its pixels need no memory but `out`
             file, begin = self._open(shard), bytearray(len(header))
-            os.preadv(file.descriptor, (begin, out.data), offset)
+            os.preadv(file.fileno(), (begin, out.data), offset)
             if begin == header and checksum(out.data, "raw", checksum(header, "raw")) == crc:
                 return
         decode_into(out, self.read(shard, offset, length, crc), self.split.encoding)
 
 
 class Batch(NamedTuple):
-    """Images uint8 [N, 1, H, W] of B samples, with target float32 [B, L] and mask bool [B, L] of L labels.
-
-    The images of a sample follow each other: `sample` [N] is the position of each image's sample in the batch,
-    `place` [N] the image's place in the sample, `projection` int8 [N] its place in PROJECTIONS. Where samples are
-    single images N = B. `bad` lists the samples without a usable image: they have one black image and are masked.
-    """
+    """B samples with L labels, and their N images, a sample's one after the other; of single images N = B."""
 
     step: Step
-    images: npt.NDArray[np.uint8]
-    sample: Rows
-    place: Rows
-    projection: npt.NDArray[np.int8]
-    target: npt.NDArray[np.float32]
-    mask: npt.NDArray[np.bool_]
-    bad: list[int]
+    images: npt.NDArray[np.uint8]  # [N, 1, H, W]
+    sample: Rows  # [N], the position of each image's sample in the batch
+    place: Rows  # [N], of the image in its sample
+    projection: npt.NDArray[np.int8]  # [N], its place in PROJECTIONS
+    target: npt.NDArray[np.float32]  # [B, L]
+    mask: Bools  # [B, L]
+    bad: list[int]  # the samples without a usable image: they have one black image and are masked
 
     def __repr__(self) -> str:
         shapes = f"images {list(self.images.shape)}, target {list(self.target.shape)}"
         return f"<Batch {int(self.step.step)} of epoch {int(self.step.epoch)}: {shapes}>"
 
     @property
-    def present(self) -> npt.NDArray[np.bool_]:
+    def present(self) -> Bools:
         """Which places of the samples have an image, bool [B, V]."""
         present = np.zeros(self.step.rows.shape, np.bool_)
         present[self.sample, self.place] = True
@@ -164,32 +148,20 @@ class Batch(NamedTuple):
 
     def part(self, start: int, stop: int) -> "Batch":
         """The samples from `start` to before `stop`, as a batch."""
-        first, last = np.searchsorted(self.sample, (start, stop))
-        return Batch(
-            self.step._replace(rows=self.step.rows[start:stop]),
-            self.images[first:last],
-            self.sample[first:last] - start,
-            self.place[first:last],
-            self.projection[first:last],
-            self.target[start:stop],
-            self.mask[start:stop],
-            [bad - start for bad in self.bad if start <= bad < stop],
-        )
+        samples, images = slice(start, stop), slice(*np.searchsorted(self.sample, (start, stop)))
+        step, bad = self.step._replace(rows=self.step.rows[samples]), [n - start for n in self.bad if start <= n < stop]
+        of_images = self.images[images], self.sample[images] - start, self.place[images], self.projection[images]
+        return Batch(step, *of_images, self.target[samples], self.mask[samples], bad)
 
 
 class BatchStream:
-    """The batches of one epoch, in the order of its plan.
+    """The batches of one epoch, in the order of its plan. Torch's DataLoader takes a LoaderStream.
 
-    `stages` are fetch and decode; add your own, from iterator to iterator:
-
-        stream.stages.append(equalize)  # gets and gives batches
-
-    Iterating starts at the first step or, once, at the state that `load_state_dict` was given. A stream is one epoch,
-    however often it is iterated. Torch's DataLoader takes a LoaderStream.
+    `stages` are fetch and decode; add your own, from iterator to iterator: `stream.stages.append(equalize)`. Iterating
+    starts at the first step or, once, at the state that `load_state_dict` was given.
     """
 
-    def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
-        """`plan` takes the number of the first step."""
+    def __init__(self, plan: Plan, *stages: Stage) -> None:
         self.plan, self.stages = plan, list(stages)
         # Leaving a loop early must not change where the next iteration starts, so position and start differ.
         self.step = self._start = 0
@@ -198,8 +170,8 @@ class BatchStream:
         return f"<BatchStream at step {self.step} of {len(self)}>"
 
     def __iter__(self) -> Iterator[Batch]:
-        start, self._start = self._start, 0
-        return self.run(start)
+        self.step, self._start = self._start, 0
+        return self.run(self.step)
 
     def __len__(self) -> int:
         """The number of batches in the epoch, independent of the position."""
@@ -207,16 +179,12 @@ class BatchStream:
 
     def run(self, start: int, worker: int = 0, workers: int = 1) -> Iterator[Batch]:
         """The batches from a step on or, for one of several workers, its share of them: every `workers`-th."""
-        self.step = start
-        return self._run(islice(self.plan(start), worker, None, workers), workers - worker)
-
-    def _run(self, steps: Iterator[Step], ahead: int) -> Iterator[Batch]:
-        batches: Iterator[Any] = steps
+        batches: Iterator[Any] = islice(self.plan(start), worker, None, workers)
         for stage in self.stages:
             batches = stage(batches)
         for batch in batches:
             # In a worker, the position from which `run` reaches its next batch after skipping other workers' batches.
-            self.step = batch.step.step + ahead
+            self.step = batch.step.step + workers - worker
             yield batch
         self.step = 0
 
@@ -233,98 +201,23 @@ class BatchStream:
 
 
 def stream_batches(
-    split: OpenSplit,
-    labels: Labels,
-    plan: Callable[[int], Iterator[Step]],
-    *,
-    size: int | tuple[int, int],
-    threads: int = 2,
-    bad: Unusable | None = None,
-    kind: type[BatchStream] = BatchStream,
+    split: OpenSplit, labels: Labels, plan: Plan, size: Size, threads: int = 2, bad: Unusable | None = None
 ) -> BatchStream:
-    """The batches of a plan: of an epoch of training, or of all samples in table order.
+    """The batches of a plan, such as partial(plan_evaluation, samples, batch_size).
 
-        plan = partial(plan_training, samples, batch_size, seed, epoch)
-        plan = partial(plan_evaluation, samples, batch_size)
-
-    Images are `size` pixels square, or of a height and width. The unusable images that `bad` allows (none by default)
-    are left out, or black and masked if they are a sample's only ones; more raise DataError naming shard and key.
+    The unusable images that `bad` allows (none by default) are left out, or black and masked if they are a sample's
+    only ones; more raise DataError naming shard and key.
     """
-    shape = (size, size) if isinstance(size, int) else size
-    return kind(
-        plan,
-        partial(fetch, split=split),
-        partial(decode, split=split, labels=labels, shape=shape, threads=threads, bad=bad or Unusable()),
-    )
+    shape, bad = (size, size) if isinstance(size, int) else size, bad or Unusable()
+    decoded = partial(decode, split=split, labels=labels, shape=shape, threads=threads, bad=bad)
+    return BatchStream(plan, partial(fetch, split=split), decoded)
 
 
 def fetch(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
-    """The steps, each when its shards are on this machine."""
-    return _download_ahead(steps, split) if any(file.remote for file in split.shards) else iter(steps)
-
-
-def decode(
-    steps: Iterable[Step], split: OpenSplit, labels: Labels, shape: tuple[int, int], threads: int, bad: Unusable
-) -> Iterator[Batch]:
-    """Decode ahead on `threads` threads, into images of a shape [H, W]; yields the batches in the order given.
-
-    Images that do not match their checksum or do not decode are added to `bad`. Raises DataError naming shard and key.
-    """
-    pending: deque[Future[tuple[Batch, dict[int, str]]]] = deque()
-    reader = Reader(split)
-
-    def next_result() -> Batch:
-        batch, reasons = pending.popleft().result()
-        for row, reason in reasons.items():
-            bad.add(row, reason)
-        return batch
-
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            for step in steps:
-                pending.append(pool.submit(_decode_batch, step, reader, labels, shape))
-                # One batch per thread at work, and as many finished ones waiting.
-                if len(pending) >= 2 * threads:
-                    yield next_result()
-            while pending:
-                yield next_result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def choose_usable(sample: Rows, place: Rows, usable: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], list[int]]:
-    """Which images [N] stay, and the samples without a usable image, whose first one stays."""
-    seen = np.zeros(sample[-1] + 1, np.bool_)
-    seen[sample[usable]] = True
-    return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
-
-
-def _decode_batch(step: Step, reader: Reader, labels: Labels, shape: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
-    """The batch of a step, and the reason for each bad image, by row."""
-    split, rows = reader.split, step.images
-    sample, place = np.nonzero(step.rows >= 0)
-    images = np.empty((len(rows), 1, *shape), np.uint8)
-    usable, reasons = np.ones(len(rows), np.bool_), {}
-    for position, stored in enumerate(reader.locate(rows)):
-        try:
-            reader.decode(images[position, 0], *stored)
-        except (ValueError, OSError) as error:
-            row = int(rows[position])
-            shard = split.shards[split.shard[row]].shard.file
-            reasons[row] = printable(f"{shard}: sample {split.table['key'][row]}: {error}")
-            images[position], usable[position] = 0, False
-    bad: list[int] = []
-    if reasons:
-        kept, bad = choose_usable(sample, place, usable)
-        images, sample, place, rows = images[kept], sample[kept], place[kept], rows[kept]
-    first = step.rows[:, 0]  # the images of a sample share their labels
-    mask = labels.mask[first]
-    mask[bad] = False  # nothing is learned from a sample without a usable image
-    return Batch(step, images, sample, place, split.projection[rows], labels.target[first], mask, bad), reasons
-
-
-def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
-    """The steps as they come, each when its shards are there; those of the next window arrive meanwhile."""
+    """The steps, each when its shards are on this machine; remote ones of the next window arrive meanwhile."""
+    if not any(file.remote for file in split.shards):
+        yield from steps
+        return
     listed = [(step, np.unique(split.shard[step.images]).tolist()) for step in steps]
     waiting = iter(dict.fromkeys(chain.from_iterable(numbers for _, numbers in listed)))  # as they are first needed
     arrivals: dict[int, Future[Path]] = {}
@@ -342,3 +235,53 @@ def _download_ahead(steps: Iterable[Step], split: OpenSplit) -> Iterator[Step]:
     finally:
         stop.set()  # downloads in progress end at their next piece, so that an interrupted trainer can save
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def decode(
+    steps: Iterable[Step], split: OpenSplit, labels: Labels, shape: tuple[int, int], threads: int, bad: Unusable
+) -> Iterator[Batch]:
+    """Decode ahead, on threads, into images of a shape [H, W]; yields the batches in the order given, adds to `bad`."""
+    reader = Reader(split)
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        futures = (pool.submit(_decode_batch, step, reader, labels, shape) for step in steps)
+        try:
+            pending = deque(islice(futures, 2 * threads))  # a batch per thread at work, and as many that wait
+            while pending:
+                batch, reasons = pending.popleft().result()
+                for row, reason in reasons.items():
+                    bad.add(row, reason)
+                yield batch
+                pending.extend(islice(futures, 1))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def choose_usable(sample: Rows, place: Rows, usable: Bools) -> tuple[Bools, list[int]]:
+    """Which images [N] stay, and the samples without a usable image, whose first one stays."""
+    seen = np.zeros(sample[-1] + 1, np.bool_)
+    seen[sample[usable]] = True
+    return usable | ~seen[sample] & (place == 0), np.flatnonzero(~seen).tolist()
+
+
+def _decode_batch(step: Step, reader: Reader, labels: Labels, shape: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
+    """The batch of a step, and the reason for each bad image, by row."""
+    split, rows = reader.split, step.images
+    sample, place = np.nonzero(step.rows >= 0)
+    images = np.empty((len(rows), 1, *shape), np.uint8)
+    usable, reasons = np.ones(len(rows), np.bool_), {}
+    for position, stored in enumerate(reader.locate(rows)):
+        try:
+            reader.decode(images[position, 0], *stored)
+        except (ValueError, OSError) as error:
+            row = int(rows[position])
+            file = split.shards[split.shard[row]].shard.file
+            reasons[row] = printable(f"{file}: sample {split.table['key'][row]}: {error}")
+            images[position], usable[position] = 0, False
+    bad: list[int] = []
+    if reasons:
+        kept, bad = choose_usable(sample, place, usable)
+        images, sample, place, rows = images[kept], sample[kept], place[kept], rows[kept]
+    first = step.rows[:, 0]  # the images of a sample share their labels
+    mask = labels.mask[first]
+    mask[bad] = False  # nothing is learned from a sample without a usable image
+    return Batch(step, images, sample, place, split.projection[rows], labels.target[first], mask, bad), reasons

@@ -1,11 +1,10 @@
 """A stream's batches for torch's DataLoader: the one module of this package that imports torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.base.errors import MachineError, needs
-from pipeline.stream.batches import Batch, BatchStream, Stage
-from pipeline.stream.plan import Step
+from pipeline.stream.batches import Batch, BatchStream, Plan, Stage
 
 with needs("train"):
     import torch
@@ -17,11 +16,10 @@ NOBODY = -1  # no iteration; a loader's iteration is identified by its seed, fro
 class LoaderStream(BatchStream, IterableDataset[Any]):
     """A stream that DataLoader(stream, batch_size=None) takes as it is, and converts to tensors.
 
-    The workers share the batches: the loader yields them in the order of the plan for any number of workers, each of
-    which counts unusable images separately.
+    Its workers share the batches, which stay in the order of the plan; each counts unusable images separately.
     """
 
-    def __init__(self, plan: Callable[[int], Iterator[Step]], *stages: Stage) -> None:
+    def __init__(self, plan: Plan, *stages: Stage) -> None:
         super().__init__(plan, *stages)
         # How many states were loaded, the last one's step, and which iteration takes it; all workers see it.
         try:
@@ -45,10 +43,10 @@ class LoaderStream(BatchStream, IterableDataset[Any]):
         self._known = loaded
         if self._mine is not None:
             start, self._mine = self._mine, None
+        self.step = start
         return self.run(start, worker.id, worker.num_workers)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """See BatchStream."""
         super().load_state_dict(state)
         if get_worker_info() is None:
             self._loaded.copy_(torch.tensor([int(self._loaded[0]) + 1, self.step, NOBODY]))
@@ -72,9 +70,7 @@ class BatchDataset(IterableDataset[Any]):
         return len(self.stream)
 
     def state_dict(self) -> dict[str, int]:
-        """See BatchStream."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """See BatchStream."""
         self.stream.load_state_dict(state)

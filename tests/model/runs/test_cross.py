@@ -15,9 +15,10 @@ from model.checkpoint import save_checkpoint
 from model.networks import build_network
 from model.runs.cross import plan_runs
 from pipeline.base.errors import DataError
+from pipeline.base.files import hash_file
 from pipeline.identity import join_content
 from pipeline.labels import LABELS
-from pipeline.manifest import manifest_digest, read_manifest, read_table
+from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
 from pipeline.measure.scores import read_scores
 from tests.conftest import default_options, make_shards, write_chexpert
@@ -64,7 +65,9 @@ def test_every_run_is_scored_on_every_set(
     south = sets[1]
     assert call_train("evaluate", "--shards", south, "--run", out / "north") == 0
     table = read_table(south, read_manifest(south).split("valid"))
-    scores = read_scores(out / "north" / f"scores-valid-{manifest_digest(south)[:8]}.arrow", table["key"], [label])
+    scores = read_scores(
+        out / "north" / f"scores-valid-{hash_file(south / 'manifest.json')[:8]}.arrow", table["key"], [label]
+    )
     states = table[label].to_pandas()
     used = (states != -1).to_numpy()
     auroc = roc_auc_score((states[used] == 1), scores[used, 0])

@@ -12,7 +12,8 @@ import torch
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.runs.overlap import read_seen
 from pipeline import DataError
-from pipeline.manifest import manifest_digest, read_manifest, read_table
+from pipeline.base.files import hash_file
+from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import default_options, make_shards, refused, write_chexpert
 from tests.training import WORDS, call_train
@@ -47,7 +48,7 @@ def read_frame(shards: Path, *names: str) -> pd.DataFrame:
 def evaluate(run: Path, shards: Path, split: str, *words: object) -> dict[str, object]:
     options = ("--shards", shards, "--run", run, "--split", split, "--workers", 1)
     assert call_train("evaluate", *options, *words) == 0
-    name = f"evaluation-{split}-{manifest_digest(shards)[:8]}.json"
+    name = f"evaluation-{split}-{hash_file(shards / 'manifest.json')[:8]}.json"
     head = read_evaluation(run / name).head
     return {key: value for key, value in head.items() if key.startswith("shared_")}
 

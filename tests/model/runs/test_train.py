@@ -45,12 +45,12 @@ from model.runs.run import Run, draw_weights, open_rows, open_training, training
 from pipeline import DataError, console
 from pipeline.base.files import claimed, hash_file
 from pipeline.labels import LABELS, hash_fraction
-from pipeline.manifest import Manifest, manifest_digest, read_table, write_manifest
+from pipeline.manifest import Manifest, read_table, write_manifest
 from pipeline.measure.evaluate import Scored, calibrate
 from pipeline.measure.evaluation import OWN, Evaluation, read_evaluation
 from pipeline.measure.scores import write_scores
 from pipeline.policies import evaluation_targets
-from pipeline.stream.dataset import read_shards
+from pipeline.stream.dataset import Shards
 from tests.conftest import flip
 from tests.training import Late, assert_same_run, stop_after, train_until
 
@@ -464,7 +464,7 @@ def test_limit_and_balance_choose_what_an_epoch_draws(make_job: Callable[..., Ru
 
 def test_damaged_images_end_the_run_unless_they_are_allowed(make_job: Callable[..., Run], tmp_path: Path) -> None:
     shards = Path(shutil.copytree(make_job("other").shards.folders[0].path, tmp_path / "shards"))
-    job = dataclasses.replace(make_job("run", epochs=1), shards=read_shards(shards))
+    job = dataclasses.replace(make_job("run", epochs=1), shards=Shards(shards))
     split = open_rows(job, "dev").split
     path = shards / split.shards[split.shard[3]].shard.file
     flip(path, split.offset[3] + 100)
@@ -809,7 +809,7 @@ def test_results_on_other_shards_leave_the_runs_own_alone(
     with (others / "manifest.json").open("a") as file:
         file.write("\n")
     assert command("evaluate", "--run", trained.folder, "--shards", others) == 0
-    result = f"valid-{manifest_digest(others)[:8]}"
+    result = f"valid-{hash_file(others / 'manifest.json')[:8]}"
     new = {path.name for path in trained.folder.iterdir() if path.is_file() and path not in own}
     assert new == {f"evaluation-{result}.json", f"scores-{result}.arrow", f"report-{result}.html"}
     assert {path: path.read_bytes() for path in own} == own

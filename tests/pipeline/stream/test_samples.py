@@ -14,16 +14,94 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.images import resize
-from pipeline.labels import LABELS, PROJECTIONS
+from pipeline.labels import LABELS, PROJECTIONS, hash_fraction
 from pipeline.manifest import PLACES, Shard
-from pipeline.measure.counts import describe_views
 from pipeline.sources.sets import read_any_table
 from pipeline.stream.batches import Batch, Unusable, stream_batches
-from pipeline.stream.plan import Rows, plan_evaluation, plan_training
-from pipeline.stream.samples import OpenSplit, ShardFile, find_images, find_studies, open_split
-from pipeline.stream.select import balance_weights, select_rows
+from pipeline.stream.plan import Rows, plan_evaluation
+from pipeline.stream.samples import OpenSplit, ShardFile, find_images, find_studies, open_split, select_rows
 from tests.conftest import Shards, refused, run_pipeline
+from tests.layouts import read_cases
 from tests.pipeline.stream.test_batches import best_labels, flip_bit
+
+
+@pytest.fixture(scope="module")
+def real_frame(real_table: Any) -> pd.DataFrame:
+    """The same table as pandas has it: empty cells are NaN."""
+    frame: pd.DataFrame = real_table.to_pandas()
+    return frame
+
+
+@pytest.mark.parametrize(("conditions", "views", "query"), read_cases("selections.txt"))
+def test_selections_of_the_real_table_equal_pandas(
+    real_table: Any, real_frame: pd.DataFrame, conditions: str, views: str, query: str
+) -> None:
+    rows = select_rows(real_table, [*filter(None, conditions.split("; "))], views)
+    assert rows.dtype == np.int64
+    assert len(rows)
+    np.testing.assert_array_equal(rows, np.flatnonzero(real_frame.eval(query)))
+
+
+CELLS = pa.table(
+    {
+        "patient": ["a", "b", "c"],
+        "view": ["frontal"] * 3,
+        "projection": ["AP", "PA", None],
+        "age": pa.array([30, 60, None], pa.int16()),
+        **{label: pa.array([1, -1, None], pa.int8()) for label in LABELS},
+    }
+)
+
+
+def test_an_empty_cell_matches_only_blank_and_not_equal() -> None:
+    for rows, conditions in {
+        (0,): "projection=AP age<60 Edema=1",
+        (1,): "age=60 age>30 Edema=-1",
+        (2,): "age=blank Edema=blank",
+        (0, 1): "age<=60 age>=-1 age<100000000 age!=blank Edema!=blank",
+        (0, 2): "age!=60 Edema!=uncertain",
+        (1, 2): "projection!=AP Edema!=1",
+    }.items():
+        for condition in conditions.split():
+            assert tuple(select_rows(CELLS, [condition]).tolist()) == rows, condition
+
+
+@pytest.mark.parametrize(("condition", "message"), read_cases("conditions.txt"))
+def test_conditions_that_cannot_be_met_say_why(condition: str, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        select_rows(CELLS, ["age!=blank", condition])
+    assert str(caught.value).removeprefix(f"condition '{condition}'").strip(" ") == message
+
+
+def test_what_is_left_is_described_however_many_values_it_has(real_table: Any) -> None:
+    with refused("condition 'age>90' leaves none of 223,414 images, whose values go from 0 to 90"):
+        select_rows(real_table, ["age>90"])
+    with refused("condition 'projection=AP' leaves none of 32,387 images, all of whose cells are blank"):
+        select_rows(real_table, ["view=lateral", "projection=AP"])
+    with refused("no lateral images among the 3"):
+        select_rows(CELLS, [], "lateral")
+    for kind in (pa.float32(), pa.bool_(), pa.list_(pa.int8())):
+        with refused(f"condition 'bmi=1': bmi is {kind}; only texts and whole numbers are compared"):
+            select_rows(CELLS.append_column("bmi", pa.nulls(3, kind)), ["bmi=1"])
+
+
+def test_a_limit_takes_whole_patients_of_all_times(real_table: Any, real_frame: pd.DataFrame) -> None:
+    frame = real_frame[real_frame.age >= 60]
+    frontal = frame[frame.view == "frontal"]
+    few, many = (frame.loc[select_rows(real_table, ["age>=60"], "frontal", limit)] for limit in (2000, 20_000))
+    assert 1990 <= len(few) <= 2000
+    assert 19_990 <= len(many) <= 20_000
+    ranked = sorted(frontal.patient.unique(), key=lambda patient: hash_fraction("limit", 0, patient))
+    assert set(few.patient) == set(ranked[: few.patient.nunique()])
+    assert set(many.patient) == set(ranked[: many.patient.nunique()])
+    for part in (few, many):
+        assert part.index.is_monotonic_increasing
+        assert part.index.equals(frontal.index[frontal.patient.isin(part.patient)])
+    # PA films stop half-way through the patient ids: the first 20,000 images have 28 % of them, all have 15 %.
+    share, average, early = ((part.projection == "PA").mean() for part in (many, frontal, frontal[:20_000]))
+    assert early > average + 0.1
+    assert abs(share - average) < 0.02
+    assert select_rows(CELLS, [], limit=1).tolist() in ([0], [1], [2])
 
 
 @pytest.fixture
@@ -109,60 +187,31 @@ def test_studies_of_the_real_table_equal_pandas(real_csv: Path) -> None:
     codes = names.where(names.isin(PROJECTIONS), "other").map(PROJECTIONS.index)
     np.testing.assert_array_equal(split.projection, codes)
     assert codes.value_counts().to_dict() == {0: 161_590, 1: 29_420, 2: 32_387, 3: 17}
-    assert describe_views(table) == (
-        "studies: 153,634 with 1 frontal, 29,675 with 1 frontal and 1 lateral, 2,537 with 2 frontals, "
-        "955 with 1 frontal and 2 laterals, 783 with 2 frontals and 1 lateral, 41 with 3 frontals, "
-        "13 with 1 lateral, 3 with 2 laterals"
-    )
     rows = select_rows(table, ["age>=60"], "lateral")
-    of_rows = frame.loc[rows].groupby(["patient", "study"], sort=False).row.agg(list)
+    groups = frame.loc[rows].groupby(["patient", "study"], sort=False).row.agg(list)
     chosen = find_studies(split, rows)[0].rows
-    assert chosen.shape == (len(of_rows), 2)
-    assert [[row for row in rows if row >= 0] for rows in chosen.tolist()] == of_rows.to_list()
-
-
-def test_selected_images_alone_are_seen_and_studies_without_any_are_not(split: OpenSplit) -> None:
-    for views in ("frontal", "lateral"):
-        rows = select_rows(split.table, [], views)
-        batches = evaluate(split, rows)
-        assert {batch.step.rows.shape[1] for batch in batches} == {1}
-        np.testing.assert_array_equal(np.concatenate([batch.step.rows[:, 0] for batch in batches]), rows)
-    assert evaluate(split, rows[:0]) == []
-
-
-def test_studies_are_drawn_by_weight(split: OpenSplit) -> None:
-    (studies, _), labels = find_studies(split), best_labels(split)
-    column = LABELS.index("Support Devices")
-    first = studies.rows[:, 0]
-    weights = balance_weights(labels.target[first, column], labels.mask[first, column])
-    weights[labels.target[first, column] < 0.5] = 0
-    plan = partial(plan_training, studies, 4, 0, 0, weights=weights)
-    batches = list(stream_batches(split, labels, plan, size=32))
-    rows = np.concatenate([batch.step.rows for batch in batches])
-    assert len(rows) == len(studies.rows) // 4 * 4 > len(np.unique(rows, axis=0))  # some are drawn again
-    assert {tuple(drawn) for drawn in rows.tolist()} <= {tuple(study) for study in studies.rows.tolist()}
-    assert all((batch.target[:, column] == 1).all() for batch in batches)
+    assert chosen.shape == (len(groups), 2)
+    assert [[row for row in rows if row >= 0] for rows in chosen.tolist()] == groups.to_list()
 
 
 def test_unusable_images_are_absent_and_studies_of_them_black_and_masked(
     study_shards: Shards, split: OpenSplit, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = evaluate(split)
-    studies, _ = find_studies(split)
-    one = next(rows for rows in studies.rows.tolist() if rows[1] >= 0)
-    alone = next(rows for rows in studies.rows.tolist() if rows[1] < 0)
-    messages = {flip_bit(study_shards[0], split, row) for row in (one[0], alone[0])}
-    for ours, whole in zip(evaluate(split, bad=2), expected, strict=True):
-        rows = whole.step.rows[whole.sample, whole.place]
-        kept, black = rows != one[0], rows == alone[0]
+    studies = find_studies(split)[0].rows
+    first, alone = studies[studies[:, 1] >= 0][0, 0], studies[studies[:, 1] < 0][0, 0]  # of two images, and of one
+    messages = {flip_bit(study_shards[0], split, row) for row in (first, alone)}
+    for batch, sound in zip(evaluate(split, bad=2), expected, strict=True):
+        rows = sound.step.rows[sound.sample, sound.place]
+        kept, black = rows != first, rows == alone
         for name in ("sample", "place", "projection"):
-            np.testing.assert_array_equal(getattr(ours, name), getattr(whole, name)[kept])
-        pixels = np.where(black[:, None, None, None], np.uint8(0), whole.images)
-        np.testing.assert_array_equal(ours.images, pixels[kept])
-        without = np.isin(ours.step.rows[:, 0], alone[0])
-        np.testing.assert_array_equal(ours.mask, whole.mask & ~without[:, None])
-        np.testing.assert_array_equal(ours.target, whole.target)
-        assert ours.bad == np.flatnonzero(without).tolist()
+            np.testing.assert_array_equal(getattr(batch, name), getattr(sound, name)[kept])
+        pixels = np.where(black[:, None, None, None], np.uint8(0), sound.images)
+        np.testing.assert_array_equal(batch.images, pixels[kept])
+        without = batch.step.rows[:, 0] == alone
+        np.testing.assert_array_equal(batch.mask, sound.mask & ~without[:, None])
+        np.testing.assert_array_equal(batch.target, sound.target)
+        assert batch.bad == np.flatnonzero(without).tolist()
     assert {text.partition("; ")[0] for text in caplog.messages} == messages
     with pytest.raises(DataError) as caught:
         evaluate(split)
@@ -175,26 +224,22 @@ def test_a_study_spread_over_shards_is_read_from_all_of_them(split: OpenSplit) -
     shuffled = np.random.default_rng(0).permutation(table.num_rows)
     spread = replace(split, table=table.take(shuffled))
 
-    def found(of: OpenSplit) -> dict[frozenset[str], int]:
-        """The keys of each study, and the sum of its pixels."""
-        return {
-            frozenset(of.table["key"][row].as_py() for row in rows if row >= 0): int(
-                batch.images[batch.sample == study].sum()
-            )
-            for batch in evaluate(of)
-            for study, rows in enumerate(batch.step.rows.tolist())
-        }
+    def sum_pixels(split: OpenSplit) -> dict[frozenset[str], int]:
+        """By the keys of each study."""
+        sums, keys = {}, split.table["key"].to_pylist()
+        for batch in evaluate(split):
+            for study, rows in enumerate(batch.step.rows.tolist()):
+                pixels = batch.images[batch.sample == study]
+                sums[frozenset(keys[row] for row in rows if row >= 0)] = int(pixels.sum())
+        return sums
 
-    assert found(spread) == found(split)
+    assert sum_pixels(spread) == sum_pixels(split)
 
 
-def test_of_a_study_with_more_than_three_views_the_first_ones_are_taken() -> None:
+def test_of_a_study_the_first_three_views_are_taken_and_shards_where_none_begins_take_no_place() -> None:
     keys = [f"patient1_study1_view{view}_frontal" for view in range(1, 6)]
     studies, left_out = find_studies(make_split(make_table(*keys, "patient1_study2_view1_frontal"), [6]))
     assert (studies.rows.tolist(), left_out) == ([[0, 1, 2], [5, -1, -1]], 2)
-
-
-def test_shards_where_no_selected_study_begins_take_no_place_in_a_window() -> None:
     split = make_split(make_table(*(f"patient{patient}_study1_view1_frontal" for patient in range(6))), [2, 2, 2])
     assert find_studies(split, np.array([0, 1, 5]))[0].shard_sizes == [2, 1]
     assert find_images(split, np.array([0, 1, 5])).shard_sizes == [2, 0, 1]
