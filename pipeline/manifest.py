@@ -1,4 +1,4 @@
-"""The contents of a folder of shards: `manifest.json` and one Arrow table per split, read and checked.
+"""A folder of shards → its `manifest.json` and one Arrow table per split, checked; and a manifest → its file.
 
 The manifest is written last, so a folder that has one is complete. It holds no time, host or path: the same
 input and options give the same bytes.
@@ -7,7 +7,6 @@ input and options give the same bytes.
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from zlib_ng import zlib_ng
 
 from pipeline.base.errors import DataError
-from pipeline.base.files import hash_file, read_arrow, read_object, sync_folder, write_atomically, write_json
+from pipeline.base.files import read_arrow, read_object, sync_folder, write_atomically, write_json
 from pipeline.base.store import is_remote
 from pipeline.labels import LABELS
 
@@ -27,19 +26,12 @@ VERSION = 1
 NAME = "manifest.json"
 CROISSANT = "croissant.json"
 CELLS = "Labels: 1 positive, 0 negative, -1 uncertain, null blank, -2 not annotated."
-# The columns of every table; those of _FULL have no empty cells.
-FACTS = pa.schema(
-    dict.fromkeys(("key", "patient"), pa.string())
-    | {"study": pa.int32(), "view": pa.string(), "sex": pa.string(), "age": pa.int16(), "projection": pa.string()}
-    | dict.fromkeys(LABELS, pa.int8())
-)
+# The columns of every table
+_TEXTS = dict.fromkeys(("key", "patient", "study", "view", "sex", "age", "projection"), pa.string())
+FACTS = pa.schema(_TEXTS | {"study": pa.int32(), "age": pa.int16()} | dict.fromkeys(LABELS, pa.int8()))
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})
 KNOWN = {*FACTS.names, *PLACES.names, "path", "file", "note"}
 MOST_STUDIES = 100_000  # of a patient
-# Words of the licenses that forbid passing the data on.
-RESTRICTED = ("Credentialed", "Research Use Agreement")
-_FULL = ("key", "patient", "study", "view", *PLACES.names)
-_STATED = {"size", "square", "encoding", "quality", "max_pixels", "bits", "views"}  # options that readers need
 
 
 @dataclass(frozen=True)
@@ -66,23 +58,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole folder.
-
-    `options` and `sources` (hashes of the CSVs) decided it; `policies` are its defaults; `pixels` are mean and std of
-    train's gray levels; `rejects` are the images left out, each with split, key and reason. `dataset` states
-    the owner and the terms of the images (`sources.source.Terms`); `not_annotated` are the labels that
-    no sample is annotated for. `facts` are the tables' further columns, each with its type: string or int64.
-    """
+    """The whole folder."""
 
     options: Mapping[str, object]
-    policies: Mapping[str, str]
-    sources: Mapping[str, str]
-    pixels: Mapping[str, float]
+    policies: Mapping[str, str]  # the defaults for uncertain and blank labels
+    sources: Mapping[str, str]  # hashes of the CSVs
+    pixels: Mapping[str, float]  # mean and std of train's gray levels
     splits: Mapping[str, Split]
-    dataset: Mapping[str, str]
-    rejects: tuple[Mapping[str, str], ...] = ()
-    not_annotated: tuple[str, ...] = ()
-    facts: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, str]  # the owner and the terms of the images (`sources.source.Terms`)
+    rejects: tuple[Mapping[str, str], ...] = ()  # the images left out, each with split, key and reason
+    not_annotated: tuple[str, ...] = ()  # labels that no sample is annotated for
+    facts: Mapping[str, str] = field(default_factory=dict)  # the tables' further columns: string or int64
 
     def files(self) -> dict[str, str]:
         """Name → sha256 of all tables, shards, and the description for other tools."""
@@ -126,21 +112,15 @@ def describe_notes(notes: Mapping[str, Sequence[str]]) -> list[str]:
 
 def concat_labels(tables: Sequence[pa.Table]) -> pa.Table:
     """The rows of several label tables; facts that a table lacks are null for its rows, and text if types differ."""
-    kinds = {fact for table in tables for fact in name_facts(table).items()}  # name and type
-    mixed = {name for name, count in Counter(name for name, _ in kinds).items() if count > 1}
-    same = [
-        table.cast(pa.schema(field.with_type(pa.string()) if field.name in mixed else field for field in table.schema))
-        for table in tables
-    ]
-    return pa.concat_tables(same, promote_options="default")
+    texts = {name for table in tables for name, kind in name_facts(table).items() if kind == "string"}
+    schemas = [pa.schema(f.with_type(pa.string()) if f.name in texts else f for f in table.schema) for table in tables]
+    cast = [table.cast(schema) for table, schema in zip(tables, schemas, strict=True)]
+    return pa.concat_tables(cast, promote_options="default")
 
 
 def renumber(table: pa.Table, columns: Mapping[str, str], place: int) -> pa.Table:
-    """The table of the folder at a `place` among several: studies that it numbered itself are none of the others'.
-
-    Without a column for studies among a user's, it did.
-    """
-    if not columns or "study" in columns:
+    """The table of the folder at a `place` among several: studies that it numbered itself are none of the others'."""
+    if not columns or "study" in columns:  # it only numbers those of a user's table without a column for them
         return table
     study = pc.add(table["study"], pa.scalar(place * MOST_STUDIES, pa.int32()))
     return table.set_column(table.schema.get_field_index("study"), "study", study)
@@ -148,60 +128,54 @@ def renumber(table: pa.Table, columns: Mapping[str, str], place: int) -> pa.Tabl
 
 def find_restriction(dataset: Mapping[str, str]) -> str:
     """The license of a manifest's `dataset` if it forbids passing the data on; "" otherwise."""
-    license_name = dataset.get("license", "")
-    return license_name if any(words in license_name for words in RESTRICTED) else ""
+    name = dataset.get("license", "")
+    return name if "Credentialed" in name or "Research Use Agreement" in name else ""
 
 
 def format_croissant(manifest: Manifest) -> bytes:
-    """`croissant.json`: what other tools need to list and load the shards (MLCommons Croissant 1.0).
+    """`croissant.json`, by which other tools list and load the shards (Akhtar et al., arXiv:2403.19546, version 1.0).
 
-    Akhtar et al., arXiv:2403.19546. It names the files and the fields of their samples, but no row of a table. A split
-    is two record sets: its images, if their encoding is a common one, and its labels: the JSON of each image.
+    A split is two record sets: its images, if their encoding is a common one, and its labels: the JSON of each image.
     """
     encoding = str(manifest.options["encoding"])
     kinds = {"labels": ("application/json", "json", "sc:Text")}
     if encoding in ("jpeg", "png"):
         kinds["images"] = (f"image/{encoding}", encoding.replace("jpeg", "jpg"), "sc:ImageObject")
-    files: list[dict[str, object]] = []
-    records: list[dict[str, object]] = []
+
+    def node(kind: str, name: str, **values: object) -> dict[str, object]:
+        return {"@type": f"cr:{kind}", "@id": name, "name": name} | values
+
+    files, records = list[dict[str, object]](), list[dict[str, object]]()
     for split_name, split in manifest.splits.items():
         stored = [(split.table, "application/vnd.apache.arrow.file", split.table_sha256)]
         stored += [(shard.file, "application/x-tar", shard.sha256) for shard in split.shards]
         for file, form, sha256 in stored:
-            files.append(_croissant("FileObject", file, contentUrl=file, encodingFormat=form, sha256=sha256))
+            files.append(node("FileObject", file, contentUrl=file, encodingFormat=form, sha256=sha256))
+        tars = [{"@id": shard.file} for shard in split.shards]
         for kind, (form, suffix, data_type) in kinds.items():
-            name, tars = f"{split_name}-{kind}", [{"@id": shard.file} for shard in split.shards]
-            members = f"{name}-files"
-            files.append(_croissant("FileSet", members, containedIn=tars, encodingFormat=form, includes=f"*.{suffix}"))
+            name, members = f"{split_name}-{kind}", f"{split_name}-{kind}-files"
+            files.append(node("FileSet", members, containedIn=tars, encodingFormat=form, includes=f"*.{suffix}"))
             source: dict[str, object] = {"fileSet": {"@id": members}}
             key = source | {"extract": {"fileProperty": "filename"}, "transform": {"regex": rf"^(.*)\.{suffix}$"}}
             content = source | {"extract": {"fileProperty": "content"}}
-            fields = [
-                _croissant("Field", f"{name}/key", dataType="sc:Text", source=key),
-                _croissant("Field", f"{name}/{kind}", dataType=data_type, source=content),
-            ]
-            records.append(_croissant("RecordSet", name, field=fields))
+            keys = node("Field", f"{name}/key", dataType="sc:Text", source=key)
+            contents = node("Field", f"{name}/{kind}", dataType=data_type, source=content)
+            records.append(node("RecordSet", name, field=[keys, contents]))
     counts = ", ".join(f"{name} {split.samples:,}" for name, split in manifest.splits.items())
-    terms = {"name": "name", "license": "license", "citeAs": "paper"}
     document = json.loads(Path(__file__).with_name("croissant.json").read_text())
-    document |= {name: manifest.dataset[term] for name, term in terms.items() if manifest.dataset.get(term)}
+    for name, term in (("name", "name"), ("license", "license"), ("citeAs", "paper")):
+        if manifest.dataset.get(term):
+            document[name] = manifest.dataset[term]
     document["description"] = f"{manifest.dataset.get('title', 'Chest X-rays')}, images: {counts}. {CELLS}"
     return json.dumps(document | {"distribution": files, "recordSet": records}, indent=1).encode()
 
 
-def _croissant(kind: str, name: str, **values: object) -> dict[str, object]:
-    return {"@type": f"cr:{kind}", "@id": name, "name": name} | values
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `croissant.json`, then `manifest.json`, atomically; on disk, too, it is the last file to appear.
-
-    It is there before the caller removes what is needed to resume.
-    """
+    """Write `croissant.json`, then `manifest.json`, atomically; on disk, too, it is the last file to appear."""
     write_atomically(folder / CROISSANT, format_croissant(manifest))
     sync_folder(folder)
     write_json(folder / NAME, {"format": FORMAT, "version": VERSION, **asdict(manifest)})
-    sync_folder(folder)
+    sync_folder(folder)  # before the caller removes what is needed to resume
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -211,35 +185,15 @@ def read_manifest(folder: Path) -> Manifest:
         document = read_object(path)
     except FileNotFoundError:
         near = [] if is_remote(folder) else sorted({*folder.glob(f"*/{NAME}"), *folder.parent.glob(f"*/{NAME}")})
-        meant = f", or did you mean {near[0].parent}?" if near else ""
-        raise DataError(
-            f"{folder}: not a folder of shards (no {NAME}); write one with `pipeline shards`{meant}"
-        ) from None
+        how = "write one with `pipeline shards`" + (f", or did you mean {near[0].parent}?" if near else "")
+        raise DataError(f"{folder}: not a folder of shards (no {NAME}); {how}") from None
     if document.get("format") != FORMAT:
         raise DataError(f"{path}: not a manifest of {FORMAT}")
     if document.get("version") != VERSION:
-        version = repr(document.get("version"))[:20]
-        raise DataError(
-            f"{path}: format version {version}; this program reads {VERSION}: write the shards again into a new folder"
-        )
+        version, how = repr(document.get("version"))[:20], "write the shards again into a new folder"
+        raise DataError(f"{path}: format version {version}; this program reads {VERSION}: {how}")
     try:
-        splits = {name: _parse_split(split) for name, split in document["splits"].items()}
-        policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
-        dataset, unannotated, facts = (document[name] for name in ("dataset", "not_annotated", "facts"))
-        for texts in (policies, sources, dataset, facts, *rejects):
-            _demand(all(isinstance(text, str) for text in texts.values()), "text", texts)
-        pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
-        _demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
-        _demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
-        _demand({"name", "patients"} <= dataset.keys(), "dataset", dataset)
-        for text in (*splits, *policies.values(), *dataset.values(), *facts):  # quoted in messages
-            _demand(text.isprintable() and len(text) < 1000, "text", text)
-        _demand(set(LABELS).issuperset(unannotated), "not_annotated", unannotated)
-        options = dict(document["options"].items())
-        _demand(options.keys() >= _STATED, "options", options)
-        manifest = Manifest(
-            options, policies, sources, pixels, splits, dataset, tuple(rejects), tuple(unannotated), facts
-        )
+        manifest = _parse(document)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: damaged: {str(error)[:200]}") from error
     for name in manifest.files():
@@ -248,29 +202,51 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def _parse(document: Mapping[str, Any]) -> Manifest:
+    """A manifest from its JSON. Raises KeyError, TypeError, AttributeError, ValueError or OverflowError."""
+
+    def demand(sound: bool, name: str, value: object) -> None:
+        if not sound:
+            raise ValueError(f"{name} is {value!r}")
+
+    splits = {}
+    for split_name, split in document["splits"].items():
+        for entry in (*split["shards"], split):
+            for name, value in entry.items():
+                if name in ("file", "table", "sha256", "table_sha256"):
+                    demand(isinstance(value, str) and value.isprintable() and len(value) < 256, name, value)
+                elif name != "shards":  # numbers that a file can have
+                    demand(type(value) is int and 0 <= value < 2**63, name, value)
+        splits[split_name] = Split(**split | {"shards": tuple(Shard(**shard) for shard in split["shards"])})
+    policies, sources, rejects = document["policies"], document["sources"], document["rejects"]
+    dataset, unannotated, facts = (document[name] for name in ("dataset", "not_annotated", "facts"))
+    for texts in (policies, sources, dataset, facts, *rejects):
+        demand(all(isinstance(text, str) for text in texts.values()), "text", texts)
+    pixels = {name: float(document["pixels"][name]) for name in ("mean", "std")}
+    demand(all(map(math.isfinite, pixels.values())) and pixels["std"] > 0, "mean and std", pixels)
+    demand({"uncertain", "blank"} <= policies.keys(), "policies", policies)
+    demand({"name", "patients"} <= dataset.keys(), "dataset", dataset)
+    for text in (*splits, *policies.values(), *dataset.values(), *facts):  # quoted in messages
+        demand(text.isprintable() and len(text) < 1000, "text", text)
+    demand(set(LABELS).issuperset(unannotated), "not_annotated", unannotated)
+    options, needed = dict(document["options"].items()), "size square encoding quality max_pixels bits views"
+    demand(options.keys() >= {*needed.split()}, "options", options)
+    return Manifest(options, policies, sources, pixels, splits, dataset, tuple(rejects), tuple(unannotated), facts)
+
+
 def find_blank(source: Path) -> str:
     """The policy for blank cells of a folder of shards; zeros if it is none."""
     return read_manifest(source).policies["blank"] if (source / NAME).is_file() else "zeros"
 
 
 def checksum(data: bytes | memoryview, encoding: str, before: int = 0) -> int:
-    """The index's checksum of an image's stored bytes: CRC-32, which continues from that `before`, or a PNG's Adler-32.
-
-    A PNG holds the CRC-32 of its own parts, which cancel out: 16 bits would be left to tell images apart.
-    """
+    """The index's checksum of stored bytes: CRC-32, which continues from that `before`, or a PNG's Adler-32."""
+    # A PNG holds the CRC-32 of its own parts, which cancel out: 16 bits would be left to tell images apart.
     return int(zlib_ng.adler32(data) if encoding == "png" else zlib_ng.crc32(data, before))
 
 
-def manifest_digest(folder: Path) -> str:
-    """sha256 of the manifest: it names the tables' and shards' hashes, so it stands for all of the data."""
-    return hash_file(folder / NAME)
-
-
 def read_table(folder: Path, split: Split) -> pa.Table:
-    """The memory-mapped Arrow table of a split, with the columns FACTS and PLACES, checked against the manifest.
-
-    Raises DataError, naming the file and the problem.
-    """
+    """The memory-mapped table of a split, checked against the manifest. Raises DataError naming file and problem."""
     path = folder / split.table
     try:
         source = pa.BufferReader(path.read_bytes()) if is_remote(path) else pa.memory_map(str(path))
@@ -284,7 +260,7 @@ def read_table(folder: Path, split: Split) -> pa.Table:
         place = table.schema.get_field_index(column.name)  # negative for a duplicate, too
         if place < 0 or table.schema.types[place] != column.type:
             raise DataError(f"{path}: column {column.name} is missing, duplicated, or not {column.type}")
-        if column.name in _FULL and table[column.name].null_count:
+        if column.name in ("key", "patient", "study", "view", *PLACES.names) and table[column.name].null_count:
             raise DataError(f"{path}: column {column.name} has empty cells")
     for name, kind in name_facts(table).items():
         if table.column_names.count(name) > 1 or kind not in ("string", "int64"):
@@ -292,23 +268,3 @@ def read_table(folder: Path, split: Split) -> pa.Table:
     if "note" in table.column_names and table.schema.field("note").type != pa.string():
         raise DataError(f"{path}: column note is not string")
     return table
-
-
-def _parse_split(document: Mapping[str, Any]) -> Split:
-    shards = tuple(Shard(**_checked(shard)) for shard in document["shards"])
-    return Split(**_checked({name: value for name, value in document.items() if name != "shards"}), shards=shards)
-
-
-def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Values of a `Split` or a `Shard`: texts and hashes, and numbers that a file can have."""
-    for name, value in values.items():
-        if name in ("file", "table", "sha256", "table_sha256"):
-            _demand(isinstance(value, str) and value.isprintable() and len(value) < 256, name, value)
-        else:
-            _demand(type(value) is int and 0 <= value < 2**63, name, value)
-    return values
-
-
-def _demand(sound: bool, name: str, value: object) -> None:
-    if not sound:
-        raise ValueError(f"{name} is {value!r}")
