@@ -38,7 +38,6 @@ _TAGS += ["ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequ
 _TAGS += ["WindowCenter", "WindowWidth", "PixelPaddingValue", "PixelPaddingRangeLimit"]
 _NO_PREAMBLE = re.compile(rb"[\x02\x08]\0[\0-\x18]\0")  # the first tag: (0002,…) or (0008,…)
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1".ljust(22, b"\0")
-_OTHER_TAGS = 2**24  # bytes, at most, beside the pixels of a deflated file
 _J2K = b"\xff\x4f\xff\x51"  # how a JPEG 2000 stream begins
 MISSED = "a window that shows all pixels as one level, replaced by their range"
 _lock, _inside, _undo = threading.Lock(), list[str](), ExitStack()
@@ -84,11 +83,9 @@ def open_dicom(data: bytes, max_pixels: int) -> "Dataset":
     """The header, checked. Raises ValueError unless it is a single gray image, DataError if pydicom is missing."""
     with needs("dicom"):
         from pydicom import dcmread, uid
-    longest, end = (
-        4 * max_pixels + _OTHER_TAGS,
-        144 + int.from_bytes(data[140:144], "little"),
-    )  # of the file's meta tags
+    end = 144 + int.from_bytes(data[140:144], "little")  # of the file meta information
     if data[128:136] == b"DICM\2\0\0\0" and _DEFLATED in data[:end]:
+        longest = 4 * max_pixels + 2**24  # bytes, with other tags beside the pixels
         stream = zlib.decompressobj(-zlib.MAX_WBITS)
         with _quietly("its deflated part is damaged"):
             inflated = stream.decompress(data[end:], longest)
@@ -144,26 +141,25 @@ def _decode(dicom: "Dataset") -> tuple[Levels, int, int, bool]:
         decoder = get_decoder(syntax)
         if syntax.is_encapsulated != dicom["PixelData"].is_undefined_length:
             raise _UnfitError(f"its pixels are not {syntax.name}, as its header says")
-    bits, shift, is_signed = (dicom.BitsStored, dicom.HighBit + 1 - dicom.BitsStored, dicom.PixelRepresentation == 1)
+    bits, shift, is_signed = dicom.BitsStored, dicom.HighBit + 1 - dicom.BitsStored, dicom.PixelRepresentation == 1
     options: dict[str, Any] = {"samples_per_pixel": 1, "view_only": True, "correct_unused_bits": False}
     with _quietly(f"its pixels are damaged, or end early ({syntax.name})"):
-        frame = None
+        depth, has_sign = 0, False
         if syntax.is_encapsulated:
-            options["decoding_plugin"], frame = _choose_plugin(dicom, decoder.available_plugins)
+            options["decoding_plugin"], depth, has_sign = _choose_plugin(dicom, decoder.available_plugins)
         else:
             size = -(-dicom.Rows * dicom.Columns * dicom.BitsAllocated // 8)
             if len(dicom.PixelData or b"") > max(2 * size - 1, size + 1):  # a byte may fill up
                 raise _UnfitError("more than one frame")
-        if frame:  # compressed data states its own format (PS3.5, 8.2): headers that differ are common
-            depth, has_sign = frame
+        if depth:  # compressed data states its own format (PS3.5, 8.2): headers that differ are common
             options |= {"bits_allocated": 8 if depth <= 8 else 16 if depth <= 16 else 32}
-            options |= {"bits_stored": depth, "pixel_representation": int(has_sign or False)}
+            options |= {"bits_stored": depth, "pixel_representation": int(has_sign)}
         words, _ = decoder.as_array(dicom, index=0, raw=True, **options)
         words = words.astype(words.dtype.newbyteorder("="), copy=False).view(f"u{words.itemsize}")
-        if frame:
+        if depth:
             # Sign bits would lie above the stored ones: without any, the values are those of the header.
             bits = depth if has_sign or int(words.max()) >> bits or bits > depth else bits
-            if is_signed != bool(has_sign):
+            if is_signed != has_sign:
                 # Both are wrong in real files, and a wrong sign makes black of white: neighbors differ less by the
                 # right one, padding apart, which is far from any neighbor. If they say nothing, the header decides.
                 levels = words.astype(np.int64) & (2**bits - 1)
@@ -176,11 +172,8 @@ def _decode(dicom: "Dataset") -> tuple[Levels, int, int, bool]:
     return words, bits, shift, is_signed
 
 
-def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, tuple[int, bool | None] | None]:
-    """Which decoder to use; the bits that the only frame states, and whether they are signed.
-
-    RLE states neither, and only JPEG 2000 states the sign.
-    """
+def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, int, bool]:
+    """Which decoder to use; the bits that the only frame states, 0 for RLE, and whether they are signed."""
     from pydicom.encaps import generate_fragments, parse_basic_offsets
     from pydicom.uid import JPEGExtended12Bit, RLELossless
 
@@ -197,11 +190,11 @@ def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, t
     if not plugin:
         raise _UnfitError(f"there is no decoder for {syntax.name}: pip install 'chexpert-pipeline[dicom]'")
     if syntax == RLELossless:
-        return plugin, None
+        return plugin, 0, False
     stream = b"".join(fragments)
-    if stream.startswith(JPEG):
+    if stream.startswith(JPEG):  # which does not state a sign
         facts = read_jpeg_facts(stream)
-        shape, bits, is_signed = facts.shape, facts.bits, None
+        shape, bits, is_signed = facts.shape, facts.bits, False
     else:  # ITU-T T.800, A.5.1: the size of the grid, the offset of the image in it, tiles, channels, sign and bits
         *grid, channels, depth = struct.unpack_from(">4I16xHB", stream, stream.index(_J2K) + 8)
         shape = (grid[1] - grid[3], grid[0] - grid[2], channels)
@@ -210,7 +203,7 @@ def _choose_plugin(dicom: "Dataset", available: Collection[str]) -> tuple[str, t
         raise _UnfitError(f"its pixels are of another size than its header says ({syntax.name})")
     if syntax == JPEGExtended12Bit and bits > 8 and plugin != "pylibjpeg":
         raise _UnfitError("a JPEG of 12 bits, whose decoder is under the GPL: pip install pylibjpeg-libjpeg")
-    return plugin, (bits, is_signed)
+    return plugin, bits, is_signed
 
 
 def _to_signed(values: Levels, bits: int) -> Levels:

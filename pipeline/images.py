@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipeline import containers
 from pipeline.containers import Picture
@@ -36,7 +36,9 @@ NEARLY_BLACK = "nearly black: less than a quarter of the bits stated are used"
 DOUBTS = (ONE_LEVEL, FEW_LEVELS, NEARLY_BLACK, MISSED)
 
 Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can set
-_ORIENTATION = 0x0112  # the EXIF tag
+_TURN = Image.Transpose  # by the EXIF orientation, from 2 on
+_TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
+_TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
 _NPY_HEADER = re.compile(
     rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n", re.DOTALL
 )
@@ -179,22 +181,13 @@ def resize(pixels: Gray, height: int, width: int, out: Gray | None = None) -> Gr
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.HAMMING))
 
 
-def gray_statistics(levels: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Mean and standard deviation of gray levels, from their counts [256]; of black images 0 and 1."""
-    count, values = int(levels.sum()), np.arange(256)
-    mean = int(levels @ values) / max(count, 1)
-    variance = int(levels @ values**2) / max(count, 1) - mean**2
-    # Images of one level cannot be scaled to unit variance: they are only centered.
-    return {"mean": round(mean, 4), "std": round(max(variance, 0.0) ** 0.5, 4) or 1.0}
-
-
 def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     height, width, colorspace = _read_shape(data, options.max_pixels)
     facts = containers.read_jpeg_facts(data)
     if facts.is_multiple:
         raise ImageError("more than one frame")
-    if (orientation := _orientation(facts.exif)) != 1:
-        pixels = _turn(_decode_any(data, colorspace), orientation)
+    if (turn := _find_turn(facts.exif)) is not None:
+        pixels = np.asarray(Image.fromarray(_decode_any(data, colorspace)).transpose(turn))
         return Picture(pixels, pixels.shape, facts.bits, facts.has_metadata, facts.quality)
     inner = _inner_shape((height, width), options)
     # Decode at the smallest scale of at least 1.5 times the target, by the rule of Pillow's `draft`, so that the script
@@ -257,7 +250,8 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bi
         pixels = np.asarray(Image.fromarray(pixels).convert("L"))
     if alpha is not None:
         pixels = ((pixels * alpha.astype(np.uint32) + 127) // 255).astype(np.uint8)
-    pixels = _turn(pixels, _orientation(chunks.get(b"eXIf")))
+    if (turn := _find_turn(chunks.get(b"eXIf"))) is not None:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
     has_metadata = not chunks.keys() <= containers.PNG_PLAIN
     return Picture(pixels, pixels.shape, depth, has_metadata, levels=levels if depth == 16 else None, notes=notes)
 
@@ -302,22 +296,13 @@ def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[in
     return 2**used - 1, () if used == 16 else (f"a 16-bit PNG read as {used} bits, by its highest level (--bits)",)
 
 
-def _orientation(exif: bytes | None) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 if none can be read, as in viewers."""
-    tags, value = Image.Exif(), 1
+def _find_turn(exif: bytes | None) -> Image.Transpose | None:
+    """What turns an image upright; None, as in viewers, if it is, or no orientation can be read."""
+    tags = Image.Exif()
     with suppress(Exception):  # of many kinds, for a damaged tag
         tags.load(exif or b"")
-        value = tags.get(_ORIENTATION, 1)
-    return value if value in range(1, 9) else 1
-
-
-def _turn(pixels: Gray, orientation: int) -> Gray:
-    """Pixels turned upright."""
-    if orientation == 1:
-        return pixels
-    image = Image.fromarray(pixels)
-    image.getexif()[_ORIENTATION] = orientation
-    return np.asarray(ImageOps.exif_transpose(image))
+        return _TURNS.get(tags.get(0x0112, 1))
+    return None
 
 
 @lru_cache

@@ -28,6 +28,8 @@ from pipeline.labels import count_rows
 from pipeline.manifest import CROISSANT, FACTS, NAME, Manifest, Shard, Split
 
 PRINTED = 20  # lines on one file; a shard of another set would fill the screen
+Fetch = Callable[[Shard], Path]
+Progress = Callable[[int, int], None]  # shards done, total
 
 
 class Verdict(NamedTuple):
@@ -45,20 +47,15 @@ class _Checks(NamedTuple):
     encoding: str
     owners: Mapping[str, str]  # hash → the shard that it belongs to
     deep: bool
-    fetch: Callable[[Shard], Path] | None
+    fetch: Fetch | None
     flat: list[str]  # the checks add the keys of images of one level
 
 
 def verify_shards(
-    folder: Path,
-    deep: bool,
-    workers: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    fetch: Callable[[Shard], Path] | None = None,
+    folder: Path, deep: bool, workers: int, progress: Progress = lambda *_: None, fetch: Fetch | None = None
 ) -> Verdict:
-    """Check a folder of shards; `progress` gets (shards done, total).
+    """Check a folder of shards. If they are remote, `fetch` gives a local file of each, whose hash is the manifest's.
 
-    If the shards are remote, `fetch` gives a local file of each, whose hash is the manifest's.
     Raises DataError only if there is no readable manifest: all other problems are in the report.
     """
     manifest = stated.read_manifest(folder)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.base import files
@@ -21,7 +20,7 @@ from pipeline.base.store import read_bytes
 from pipeline.base.tar import BLOCK, END, tar_member
 from pipeline.base.workers import report_item
 from pipeline.etl.planning import Request, read_planned
-from pipeline.images import ENCODINGS, ImageError, Original, gray_statistics, prepare
+from pipeline.images import ENCODINGS, ImageError, Original, prepare
 from pipeline.labels import LABELS, count_rows, find_unannotated
 from pipeline.manifest import FACTS, PLACES, Manifest, Shard, Split, checksum, name_facts, write_manifest
 from pipeline.sources.rows import read_images
@@ -82,8 +81,7 @@ class Index(NamedTuple):
     """What the manifest gets from a split."""
 
     entry: Split
-    levels: npt.NDArray[np.int64]  # [256]: counts of gray levels
-    rejects: list[Reject]
+    records: list[ShardRecord]
     not_annotated: list[str]
     facts: dict[str, str]
 
@@ -183,18 +181,23 @@ def finish(task: tuple[Request, Mapping[str, int]]) -> Manifest:
     """Write the Arrow tables of splits of so many shards, rejects.csv if there are any, and the manifest."""
     request, shards = task
     indexes = {split: index_split((request, split, number)) for split, number in shards.items()}
-    rejects = [reject for index in indexes.values() for reject in index.rejects]
+    rejects = [reject for index in indexes.values() for record in index.records for reject in record.rejects]
     if rejects:
         write_rejects(request.out, rejects)
     else:
         (request.out / REJECTS).unlink(missing_ok=True)
     measured = indexes.get("train", next(iter(indexes.values())))
+    levels, values = np.array([record.levels for record in measured.records]).sum(axis=0), np.arange(256)
+    count = max(int(levels.sum()), 1)
+    mean = int(levels @ values) / count
+    deviation = max(int(levels @ values**2) / count - mean**2, 0.0) ** 0.5
     lacking = [index.not_annotated for index in indexes.values()]
     manifest = Manifest(
         options=request.wanted["options"],
         policies=request.policies,
         sources=request.sources,
-        pixels=gray_statistics(measured.levels),
+        # Images of one level cannot be scaled to unit variance: they are only centered.
+        pixels={"mean": round(mean, 4), "std": round(deviation, 4) or 1.0},
         splits={split: index.entry for split, index in indexes.items()},
         rejects=tuple({"split": r.split, "key": r.key, "reason": r.reason} for r in rejects),
         dataset=find_terms(request.source)._asdict(),
@@ -216,6 +219,4 @@ def index_split(task: tuple[Request, str, int]) -> Index:
     records = [record for record, _ in parts]
     written = tuple(record.shard for record in records)
     entry = Split(**count_rows(samples), table=f"{split}.arrow", table_sha256=digest, shards=written)
-    levels = np.array([record.levels for record in records], np.int64).sum(axis=0)
-    rejects = [reject for record in records for reject in record.rejects]
-    return Index(entry, levels, rejects, find_unannotated(samples), name_facts(samples))
+    return Index(entry, records, find_unannotated(samples), name_facts(samples))

@@ -63,12 +63,12 @@ class Canvas(NamedTuple):
 
     lateral: bool
     body: Body
-    pose: Array  # float64 [2, 3]: (u, v, 1) to final (column, row)
-    u: Array  # x on frontals (patient's left is +), z on laterals
-    v: Array  # y
     wall: Array  # distance to the lateral (on laterals: posterior) chest wall, positive inside
     angle: Array  # y of the costophrenic angle of the pixel's side
     air: Array  # 0 in soft tissue, 1 in the lung
+    pose: Array  # float64 [2, 3]: (u, v, 1) to final (column, row)
+    u: Array  # x on frontals (patient's left is +), z on laterals
+    v: Array  # y
     vessels: Array  # markings, seen only where there is air
     bright: Array  # what lies over the lung: bones, calcium
     metal: Array  # [height, width]: tubes, wires, markers
@@ -157,7 +157,16 @@ def draw_image(
         without = findings | {label: findings[label]._replace(severity=0.0)}
         healthy = draw_anatomy(copy.deepcopy(before), body, without, projection == "AP")
         changes[label] = np.abs(canvas.show() - healthy.show())
-    draw_vessels(canvas, rng)
+    # Branching lung markings, dense at the hila and fading outwards.
+    canvas.vessels[...] = 0.1 - 0.2 * np.abs(canvas.fine)
+    side = np.where(np.arange(22) % 2, 1, -1)
+    heading = rng.uniform(-1.3, 1.5, 22)
+    start = np.column_stack([(0.01 if canvas.lateral else 0.06) * side, 0.43 + 0.05 * heading])
+    way = rng.uniform(0.1, 0.3, (22, 1)) * np.column_stack([side * np.cos(heading), np.sin(heading)])
+    middle = start + 0.45 * way + rng.normal(0, 0.02, (22, 2))
+    curves = np.stack([start, middle, start + way], 1)
+    canvas.stroke(canvas.vessels, curves[:, :2], 2.2, 0.3)
+    canvas.stroke(canvas.vessels, curves, 1.2, 0.22)
     for label, draw in SIGNS.items():
         if findings[label].severity > 0:
             shown = canvas.show()
@@ -208,13 +217,8 @@ def resize(grid: Array, shape: tuple[int, ...], smooth: bool = False) -> Array:
     return grid
 
 
-def noise(rng: np.random.Generator, shape: tuple[int, ...], cells: int) -> Array:
-    """Return smooth value noise in [-1, 1] with about `cells` cells along either side."""
-    return resize(rng.uniform(-1, 1, (cells, cells)).astype(np.float32), shape, smooth=True)
-
-
-def draw_grid(rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
-    """Draw an image's size and pose; return u, v, the pose and the empty layer of metal."""
+def start_canvas(rng: np.random.Generator) -> tuple[float, list[Array]]:
+    """Draw a share by which the diaphragm lies lower; and a canvas's pose, coordinates, empty layers and noise."""
     height, width = (320, 390) if rng.random() < 0.85 else (390, 320)
     angle, du, dv, scale = rng.uniform((-0.06, -0.03, -0.03, 0.94), (0.06, 0.03, 0.03, 1.05))
     turn = 320 * scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -222,7 +226,10 @@ def draw_grid(rng: np.random.Generator) -> tuple[Array, Array, Array, Array]:
     column = (np.arange(width // ZOOM) + 0.5) * ZOOM - origin[0]
     row = (np.arange(height // ZOOM)[:, None] + 0.5) * ZOOM - origin[1]
     u, v = ((weights[0] * column + weights[1] * row).astype(np.float32) for weights in np.linalg.inv(turn))
-    return u, v, np.column_stack([turn, origin]), np.zeros((height, width), np.float32)
+    lower, empty = rng.random(), [np.zeros_like(u), np.zeros_like(u), np.zeros((height, width), np.float32)]
+    nodes = [rng.uniform(-1, 1, (cells, cells)).astype(np.float32) for cells in (8, 50)]
+    noise = [resize(grid, u.shape, smooth=True) for grid in nodes]
+    return lower, [np.column_stack([turn, origin]), u, v, *empty, *noise]
 
 
 def bulge(v: Array, top: float, widest: float) -> Array:
@@ -239,16 +246,16 @@ def raised(findings: Findings, side: int) -> float:
 
 def draw_frontal(rng: np.random.Generator, body: Body, findings: Findings, portable: bool) -> Canvas:
     """Draw the anatomy of an AP (portable) or PA image."""
-    u, v, pose, metal = draw_grid(rng)
-    a = np.abs(u)
-    base = rng.uniform(0.73, 0.77) - (0.03 if portable else 0.0)
+    lower, layers = start_canvas(rng)
+    u, v, a = layers[1], layers[2], np.abs(layers[1])
+    base = 0.73 + (0.77 - 0.73) * lower - (0.03 if portable else 0.0)
     right, left = base - raised(findings, -1), base + 0.025 - raised(findings, 1)
     top = np.where(u < 0, np.float32(right), np.float32(left))
     dome = top + 2.6 * (a - 0.5 * body.width) ** 2
     wall = body.width * bulge(v, 0.065, 0.7) - a
     apex = 0.05 + 0.1 * np.clip((0.22 - v) * 7, 0, 1) ** 2
     air = soft(wall, 0.014) * soft(dome - v, 0.014) * soft(a - apex, 0.02)
-    canvas = Canvas(False, body, pose, u, v, wall, top + 0.65 * body.width**2, air, *empty_layers(rng, metal, u))
+    canvas = Canvas(False, body, wall, top + 0.65 * body.width**2, air, *layers)
     size = body.heart * (1 + 0.72 * findings["Cardiomegaly"].severity) * (1.06 if portable else 1.0)
     heart = soft(1 - canvas.ellipse(0.3 * size, 0.655, 1.1 * size, 0.1 + 0.24 * size, 0.55), 0.08)
     spread = 0.085 * findings["Enlarged Cardiomediastinum"].severity
@@ -276,16 +283,16 @@ def draw_frontal(rng: np.random.Generator, body: Body, findings: Findings, porta
 
 def draw_lateral(rng: np.random.Generator, body: Body, findings: Findings, portable: bool) -> Canvas:
     """Draw the anatomy of a lateral image, the patient facing left."""
-    u, v, pose, metal = draw_grid(rng)
-    depth = 0.88 * body.width
+    lower, layers = start_canvas(rng)
+    u, v, depth = layers[1], layers[2], 0.88 * body.width
     reach = bulge(v, 0.05, 0.62)
     wall = depth * reach + 0.03 - u
     front = u + depth * (0.25 + 0.75 * reach)
-    low = rng.uniform(0.72, 0.76) - 0.5 * (raised(findings, 1) + raised(findings, -1))
+    low = 0.72 + (0.76 - 0.72) * lower - 0.5 * (raised(findings, 1) + raised(findings, -1))
     dome = low + 1.3 * (u + 0.06) ** 2 + 0.2 * np.maximum(u, 0)
     air = soft(wall, 0.014) * soft(front, 0.014) * soft(dome - v, 0.014) * soft(v - 0.1, 0.08)
     angle = np.full_like(u, low + 1.3 * (depth + 0.06) ** 2 + 0.2 * depth)
-    canvas = Canvas(True, body, pose, u, v, wall, angle, air, *empty_layers(rng, metal, u))
+    canvas = Canvas(True, body, wall, angle, air, *layers)
     size = body.heart * (1 + 0.75 * findings["Cardiomegaly"].severity)
     heart = soft(1 - canvas.ellipse(0.9 * size - 0.27, 0.63, 1.05 * size, 0.07 + 0.35 * size, -0.7), 0.1)
     spread = 0.03 + 0.06 * findings["Enlarged Cardiomediastinum"].severity
@@ -304,12 +311,6 @@ def draw_lateral(rng: np.random.Generator, body: Body, findings: Findings, porta
     return canvas._replace(tissue=tissue)
 
 
-def empty_layers(rng: np.random.Generator, metal: Array, like: Array) -> tuple[Array, ...]:
-    """Return an image's last fields: vessels, bright, metal, coarse, fine."""
-    zero = np.zeros_like(like)
-    return zero, zero.copy(), metal, noise(rng, like.shape, 8), noise(rng, like.shape, 50)
-
-
 def draw_ribs(canvas: Canvas, across: Array, value: float) -> None:
     """Posterior ribs as bands with a bright cortex, and fainter anterior ones that cross them."""
     thorax = soft(canvas.wall + 0.012, 0.01) * soft(across - 0.045, 0.02) * soft(canvas.v - 0.08, 0.04)
@@ -318,19 +319,6 @@ def draw_ribs(canvas: Canvas, across: Array, value: float) -> None:
         phase = zigzag(level * (1 / canvas.body.rib_gap))
         band = soft(0.17 - phase, 0.06) + 0.5 * soft(0.035 - np.abs(phase - 0.15), 0.03)
         canvas.bright[...] += value * share * band * thorax
-
-
-def draw_vessels(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Branching lung markings, dense at the hila and fading outwards."""
-    canvas.vessels[...] = 0.1 - 0.2 * np.abs(canvas.fine)
-    side = np.where(np.arange(22) % 2, 1, -1)
-    heading = rng.uniform(-1.3, 1.5, 22)
-    start = np.column_stack([(0.01 if canvas.lateral else 0.06) * side, 0.43 + 0.05 * heading])
-    way = rng.uniform(0.1, 0.3, (22, 1)) * np.column_stack([side * np.cos(heading), np.sin(heading)])
-    middle = start + 0.45 * way + rng.normal(0, 0.02, (22, 2))
-    curves = np.stack([start, middle, start + way], 1)
-    canvas.stroke(canvas.vessels, curves[:, :2], 2.2, 0.3)
-    canvas.stroke(canvas.vessels, curves, 1.2, 0.22)
 
 
 # Signs: each draws one finding into the image. Heart, mediastinum and diaphragm are the anatomy's.

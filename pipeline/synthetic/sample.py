@@ -14,22 +14,24 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 
+from pipeline.base.csvs import read_data
 from pipeline.base.errors import DataError, quote
 from pipeline.base.files import named_writes, write_csv
 from pipeline.base.workers import run_tasks
 from pipeline.labels import COLUMNS, LABELS, find_label
-from pipeline.synthetic.anatomy import VISIBLE, Array, Finding, Gray, draw_image
+from pipeline.synthetic.anatomy import VISIBLE, Array, Finding, Findings, Gray, draw_image
 
 FOLDER = "CheXpert-v1.0-small"
 BOXES = "boxes.csv"
 Row = tuple[str, str, str, int, int, int, int]  # of BOXES
-PATIENTS_PER_TASK = 16
+STUDIES_PER_TASK = 40
 CUE_DRAWS = 100  # the first random stream of a study's cues: no study has as many views
 NOTICE = (
     "The images in this folder are procedurally generated drawings, not patients. "
@@ -39,48 +41,24 @@ NOTICE = (
 COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 
 
-class Latent(NamedTuple):
-    """How often reports give each state of a finding, and its sign's location: a row of latent.csv."""
-
-    positive: float  # share of frontals
-    uncertain: float
-    negative: float  # the rest is blank
-    confirmed: float  # share of uncertain findings that are really there
-    lateral: float  # as in Finding
-    congestion: float  # loads on three factors
-    infection: float
-    care: float
-    x: float  # corners of the box that holds its place
-    y: float
-    z: float
-    far_x: float
-    far_y: float
-    far_z: float
-
-
-with Path(__file__).with_name("latent.csv").open(newline="") as _file:
-    # Lung Opacity's positive share is for haze with no other cause.
-    FINDINGS = {label: Latent(*map(float, cells)) for label, *cells in list(csv.reader(_file))[1:]}
+# How often reports give each state, in shares of frontals (the rest is blank), of which Lung Opacity's positive one is
+# for haze with no other cause; the share of uncertain findings that are really there; `lateral` as in Finding; loads on
+# the factors congestion, infection and care; corners of the box that holds the sign's place.
+_ROWS = [list(row.values()) for row in read_data(Path(__file__).parent, "latent.csv")]
+FINDINGS = {label: [float(cell) for cell in cells] for label, *cells in _ROWS}
 OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion")
-HIDDEN = 0.03  # share of unmentioned findings that leave a faint sign
 
 
 class Study(NamedTuple):
-    """One examination."""
+    """One examination of a patient."""
 
-    number: int
-    views: tuple[tuple[str, str], ...]  # kind and projection
-    states: dict[str, float | None]  # None is blank
-    findings: dict[str, Finding]
-
-
-class Patient(NamedTuple):
-    """One patient."""
-
-    number: int  # in the folder's name
+    patient: int
     sex: str
     age: int
-    studies: tuple[Study, ...]
+    number: int  # the patient's first is 1
+    views: list[tuple[str, str]]  # kind and projection
+    states: dict[str, float | None]  # None is blank
+    findings: Findings
 
 
 class Shortcut(NamedTuple):
@@ -137,76 +115,72 @@ def write_sample(
     if partial.exists():
         shutil.rmtree(partial)
     valid_images = max(1, round(images * valid))
-    train = list(draw_patients(seed, 1, images - valid_images, False, laterals))
-    held_out = list(draw_patients(seed, len(train) + 1, valid_images, True, laterals))
+    train = list(draw_studies(seed, 1, images - valid_images, False, laterals))
+    held_out = list(draw_studies(seed, train[-1].patient + 1 if train else 1, valid_images, True, laterals))
     planted = (f"Planted in train: {cue} for {label}, strength {strength:g}.\n" for label, cue, strength in shortcuts)
     tasks, boxes, done = list[DrawTask](), list[Row](), 0
-    for split, patients, cues in (("train", train, shortcuts), ("valid", held_out, ())):
+    for split, studies, cues in (("train", train, shortcuts), ("valid", held_out, ())):
         (partial / split).mkdir(parents=True)
         with named_writes(path := partial / f"{split}.csv"), path.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            for patient, study, view, image in list_images(patients):
+            for study, view, image in list_images(studies):
                 kind, projection = study.views[view - 1]
-                states = [study.states[label] for label in LABELS]
-                facts = (f"{FOLDER}/{split}/{image}", patient.sex, patient.age, kind.title(), projection)
-                writer.writerow([*facts, *states])
-        for start in range(0, len(patients), PATIENTS_PER_TASK):
-            tasks.append(DrawTask(partial / split, seed, patients[start : start + PATIENTS_PER_TASK], cues))
+                facts = (f"{FOLDER}/{split}/{image}", study.sex, study.age, kind.title(), projection)
+                writer.writerow([*facts, *(study.states[label] for label in LABELS)])
+        for start in range(0, len(studies), STUDIES_PER_TASK):
+            tasks.append(DrawTask(partial / split, seed, studies[start : start + STUDIES_PER_TASK], cues))
     with named_writes(path := partial / "SYNTHETIC.txt"):
         path.write_text(NOTICE + "".join(planted))
-    for count, rows in run_tasks(write_patients, tasks, min(workers, len(tasks))):
+    for written, rows in run_tasks(write_studies, tasks, min(workers, len(tasks))):
         boxes += rows
-        done += count
+        done += written
         progress(done, images)
     write_csv(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
     return partial.rename(final)
 
 
 class DrawTask(NamedTuple):
-    """Some patients of one split to draw into `folder`, with cues."""
+    """Some studies of one split to draw into `folder`, with cues."""
 
     folder: Path
     seed: int
-    patients: list[Patient]
+    studies: list[Study]
     shortcuts: Sequence[Shortcut]
 
     def __str__(self) -> str:
-        return f"{self.folder}, patients {self.patients[0].number} to {self.patients[-1].number}"
+        return f"{self.folder}, patients {self.studies[0].patient} to {self.studies[-1].patient}"
 
 
-def list_images(patients: list[Patient]) -> Iterator[tuple[Patient, Study, int, str]]:
-    """Each image's patient, study, number of its view, and path in the folder of its split, in the order of paths."""
-    for patient in patients:
-        for study in patient.studies:
-            for view, (kind, _) in enumerate(study.views, start=1):
-                yield patient, study, view, f"patient{patient.number:05d}/study{study.number}/view{view}_{kind}.jpg"
+def list_images(studies: list[Study]) -> Iterator[tuple[Study, int, str]]:
+    """Each image's study, number of its view, and path in the folder of its split, in the order of paths."""
+    for study in studies:
+        for view, (kind, _) in enumerate(study.views, start=1):
+            yield study, view, f"patient{study.patient:05d}/study{study.number}/view{view}_{kind}.jpg"
 
 
-def write_patients(task: DrawTask) -> tuple[int, list[Row]]:
-    """Draw and write all images of some patients of one split, with the cues; their number, and rows of BOXES."""
-    folder, seed, patients, shortcuts = task
+def write_studies(task: DrawTask) -> tuple[int, list[Row]]:
+    """Draw and write all images of some studies of one split, with the cues; their number, and rows of BOXES."""
+    folder, seed, studies, shortcuts = task
     # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
     np.empty(24 << 20, np.uint8)
-    count, rows = 0, []
-    for patient, study, view, path in list_images(patients):
-        body = stream(seed, patient.number, view=1)
-        image = stream(seed, patient.number, study.number, view)
-        pixels, boxes = draw_image(*study.views[view - 1], patient.sex, study.findings, body, image)
+    rows: list[Row] = []
+    for study, view, path in list_images(studies):
+        body, image = stream(seed, study.patient, view=1), stream(seed, study.patient, study.number, view)
+        pixels, boxes = draw_image(*study.views[view - 1], study.sex, study.findings, body, image)
         rows += [
             (folder.name, path.removesuffix(".jpg").replace("/", "_"), name, *box)
             for label, places in boxes.items()
             for name in ((label, "Lung Opacity") if label in OPACITIES else (label,))
             for box in places
         ]
-        for cue in draw_cues(seed, patient.number, study, shortcuts):
+        for cue in draw_cues(seed, study, shortcuts):
             CUES[cue](pixels)
         jpeg = simplejpeg.encode_jpeg(pixels[..., None], quality=90, colorspace="GRAY")
         with named_writes(file := folder / path):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(jpeg[:2] + COMMENT + jpeg[2:])
-        count += 1
-    return count, rows
+    return sum(len(study.views) for study in studies), rows
 
 
 # Patients, studies and their reports.
@@ -217,7 +191,7 @@ def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.
     return np.random.Generator(np.random.Philox(key=[seed, patient], counter=[0, 0, view, study]))
 
 
-def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
+def draw_cues(seed: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
     """The cues of a study's images: a study is made in one room, so all its images get a cue or none.
 
     With probability (1 + strength) / 2 in a positive, (1 - strength) / 2 in a negative or blank one, 1/2 in an
@@ -226,71 +200,62 @@ def draw_cues(seed: int, patient: int, study: Study, shortcuts: Sequence[Shortcu
     cues = []
     for label, cue, strength in shortcuts:
         tie = {1.0: strength, -1.0: 0.0}.get(study.states[label] or 0.0, -strength)
-        rng = stream(seed, patient, study.number, CUE_DRAWS + list(CUES).index(cue))
+        rng = stream(seed, study.patient, study.number, CUE_DRAWS + list(CUES).index(cue))
         if rng.random() < (1 + tie) / 2:
             cues.append(cue)
     return cues
 
 
-def draw_patients(seed: int, number: int, images: int, valid: bool, laterals: float | None = None) -> Iterator[Patient]:
-    """Patients from this number on until they have `images` images; the last one is cut to fit."""
-    while images > 0:
-        rng = stream(seed, number)
-        sex = "Male" if rng.random() < 0.59 else "Female"
-        age = int(np.clip(rng.normal(61, 18), 18, 90))
-        factors = rng.standard_normal(3)
-        outpatient = rng.random() < 0.15
+def draw_studies(seed: int, first: int, images: int, valid: bool, laterals: float | None = None) -> Iterator[Study]:
+    """Draw studies of patients from number `first` on, until they have `images` images; the last one is cut to fit."""
+    for patient in count(first):
+        life = stream(seed, patient)
+        sex = "Male" if life.random() < 0.59 else "Female"
+        age = int(np.clip(life.normal(61, 18), 18, 90))
+        illness = life.standard_normal(3)
+        outpatient = life.random() < 0.15
         share = (0.75 if outpatient else 0.075) if laterals is None else laterals
-        studies: list[Study] = []
         # As in the real set, valid patients have one study.
-        for index in range(1, 1 + (1 if valid else int(min(rng.geometric(0.38), 20)))):
-            study = draw_study(stream(seed, number, index), index, factors, outpatient, share, valid)
-            studies.append(study._replace(views=study.views[:images]))
-            images -= len(studies[-1].views)
-            if images == 0:
-                break
-        yield Patient(number, sex, age, tuple(studies))
-        number += 1
+        for number in range(1, 1 + (1 if valid else int(min(life.geometric(0.38), 20)))):
+            if images <= 0:
+                return
+            rng = stream(seed, patient, number)
+            views = [("frontal", "PA" if outpatient else "AP")]
+            if rng.random() < 0.03:
+                views.append(views[0])
+            if rng.random() < share:
+                views.append(("lateral", ""))
+            factors = 0.6 * illness + 0.8 * rng.standard_normal(3)
+            findings, states = Findings(), dict[str, float | None]()
+            for label, row in FINDINGS.items():
+                findings[label], states[label] = draw_finding(rng, row, factors)
+            if valid:
+                states = {label: float(finding.severity >= VISIBLE) for label, finding in findings.items()}
+            if any(states[label] == 1 for label in OPACITIES):
+                states["Lung Opacity"] = 1.0
+            ill = any(state in (1.0, -1.0) for label, state in states.items() if label != "Support Devices")
+            states["No Finding"] = float(not ill) if valid else None if ill else 1.0
+            yield Study(patient, sex, age, number, views[:images], states, findings)
+            images -= len(views)
 
 
-def draw_study(
-    rng: np.random.Generator, number: int, factors: Array, outpatient: bool, laterals: float, valid: bool
-) -> Study:
-    """Draw a study's views, signs and states; `factors` [3] are the patient's own illness."""
-    views = [("frontal", "PA" if outpatient else "AP")]
-    if rng.random() < 0.03:
-        views.append(views[0])
-    if rng.random() < laterals:
-        views.append(("lateral", ""))
-    factors = 0.6 * factors + 0.8 * rng.standard_normal(3)
-    findings, states = dict[str, Finding](), dict[str, float | None]()
-    for label, latent in FINDINGS.items():
-        findings[label], states[label] = draw_finding(rng, latent, factors)
-    if valid:
-        states = {label: float(finding.severity >= VISIBLE) for label, finding in findings.items()}
-    if any(states[label] == 1 for label in OPACITIES):
-        states["Lung Opacity"] = 1.0
-    ill = any(state in (1.0, -1.0) for label, state in states.items() if label != "Support Devices")
-    states["No Finding"] = float(not ill) if valid else None if ill else 1.0
-    return Study(number, tuple(views), states, findings)
-
-
-def draw_finding(rng: np.random.Generator, latent: Latent, factors: Array) -> tuple[Finding, float | None]:
-    """Draw one finding and its state in the report: 1, 0, -1 or None (not mentioned)."""
-    loads = np.array([latent.congestion, latent.infection, latent.care])
+def draw_finding(rng: np.random.Generator, row: list[float], factors: Array) -> tuple[Finding, float | None]:
+    """Draw one of FINDINGS and its state in the report: 1, 0, -1 or None (not mentioned)."""
+    positive, uncertain, negative, confirmed, lateral, *others = row
+    loads, near, far = np.array(others[:3]), others[3:6], others[6:]
     deviate = loads @ factors + math.sqrt(1 - loads @ loads) * rng.standard_normal()
     rank = 0.5 * math.erfc(deviate / math.sqrt(2))  # uniform in [0, 1], 0 the most ill
     faint, chance, mention = rng.random(3).tolist()
-    if rank < latent.positive:
+    if rank < positive:
         state: float | None = 1.0
-        severity = 1.0 - 0.45 * rank / latent.positive
-    elif rank < latent.positive + latent.uncertain:
-        state, severity = -1.0, 0.3 + 0.15 * faint if chance < latent.confirmed else 0.2 * faint
+        severity = 1.0 - 0.45 * rank / positive
+    elif rank < positive + uncertain:
+        state, severity = -1.0, 0.3 + 0.15 * faint if chance < confirmed else 0.2 * faint
     else:
-        state = 0.0 if mention < latent.negative / (1 - latent.positive - latent.uncertain) else None
-        severity = 0.25 * faint if state is None and chance < HIDDEN else 0.0
-    x, y, z = rng.uniform(latent[-6:-3], latent[-3:]).tolist()
-    return Finding(severity, 1 if rng.random() < 0.5 else -1, x, y, z, latent.lateral), state
+        state = 0.0 if mention < negative / (1 - positive - uncertain) else None
+        severity = 0.25 * faint if state is None and chance < 0.03 else 0.0  # 3 % of the unmentioned leave a sign
+    x, y, z = rng.uniform(near, far).tolist()
+    return Finding(severity, 1 if rng.random() < 0.5 else -1, x, y, z, lateral), state
 
 
 # Cues, at the edge of the image.

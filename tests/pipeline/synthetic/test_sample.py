@@ -24,9 +24,9 @@ from pipeline.synthetic.sample import (
     Shortcut,
     Study,
     draw_cues,
-    draw_patients,
-    write_patients,
+    draw_studies,
     write_sample,
+    write_studies,
 )
 from tests.conftest import refused, run_pipeline
 
@@ -121,8 +121,7 @@ def test_more_laterals_change_no_study_but_by_their_views(sample: Path, tmp_path
         else:
             assert row["Frontal/Lateral"] == "Lateral"
     assert all(views[-1]["Frontal/Lateral"] == "Lateral" for views in list(studies.values())[:-1])
-    none = [study for patient in draw_patients(3, 1, 40, False, 0.0) for study in patient.studies]
-    assert {kind for study in none for kind, _ in study.views} == {"frontal"}
+    assert {kind for study in draw_studies(3, 1, 40, False, 0.0) for kind, _ in study.views} == {"frontal"}
 
 
 def test_valid_gets_its_share(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_valid_gets_its_share(tmp_path: Path) -> None:
 
 
 def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
-    nothing = {label: Finding(0.0, 1, 0.2, 0.5, 0.15, latent.lateral) for label, latent in FINDINGS.items()}
+    nothing = {label: Finding(0.0, 1, 0.2, 0.5, 0.15, row[4]) for label, row in FINDINGS.items()}
 
     def visible(kind: str, label: str, severity: float) -> float:
         """By how many gray levels the sign changes the image on average."""
@@ -171,7 +170,7 @@ def test_labels_keep_the_real_set_s_quirks(sample: Path) -> None:
 
 
 def test_states_are_as_frequent_as_in_the_real_set(real_table: Any) -> None:
-    studies = [study for patient in draw_patients(0, 1, 6000, valid=False) for study in patient.studies]
+    studies = draw_studies(0, 1, 6000, valid=False)
     views = [(study, kind, projection) for study in studies for kind, projection in study.views]
     frontals = [study for study, kind, _ in views if kind == "frontal"]
     assert len(views) == 6000
@@ -208,7 +207,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         f"{tmp_path}/patient00001/study1/view1_frontal.jpg: cannot be written: No space left on device; "
         "make room, and run it again"
     ):
-        write_patients(DrawTask(tmp_path, 0, list(draw_patients(0, 1, 1, False)), ()))
+        write_studies(DrawTask(tmp_path, 0, list(draw_studies(0, 1, 1, False)), ()))
 
 
 @pytest.mark.parametrize(
@@ -245,8 +244,8 @@ def test_boxes_lie_beside_the_folder(sample: Path) -> None:
 @pytest.mark.parametrize("state", [1.0, 0.0, -1.0, None])
 def test_a_cue_is_as_frequent_as_its_strength_says(strength: float, state: float | None) -> None:
     shortcuts = [Shortcut("Edema", "border", strength)]
-    study = Study(1, (), {"Edema": state}, {})
-    had = [draw_cues(5, patient, study, shortcuts) == ["border"] for patient in range(1000)]
+    studies = (Study(patient, "Male", 60, 1, [], {"Edema": state}, {}) for patient in range(1000))
+    had = [draw_cues(5, study, shortcuts) == ["border"] for study in studies]
     chance = {1.0: (1 + strength) / 2, -1.0: 0.5}.get(0.0 if state is None else state, (1 - strength) / 2)
     # Four standard errors; none at 0 and 1.
     assert abs(np.mean(had) - chance) <= 4 * (chance * (1 - chance) / 1000) ** 0.5
