@@ -3,7 +3,7 @@
 import io
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,11 @@ def make_dicom(pixels: Array, syntax: str = uid.ExplicitVRLittleEndian, **tags: 
     image.SOPClassUID, image.SOPInstanceUID = uid.DigitalXRayImageStorageForPresentation, "1.2.3.4567"
     image.PatientName, image.PatientID, image.PatientBirthDate = "DOE^JANE", "MRN-4711", "19300101"
     image.Rows, image.Columns = pixels.shape
-    known: dict[str, object] = {
-        "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
-        "BitsAllocated": 8 * pixels.itemsize,
-        "BitsStored": 12,
-        "HighBit": 11,
-        "PixelRepresentation": int(pixels.dtype.kind == "i"),
-    }
+    known: dict[str, object] = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2"}
+    known |= {"BitsAllocated": 8 * pixels.itemsize, "BitsStored": 12, "HighBit": 11}
+    known["PixelRepresentation"] = int(pixels.dtype.kind == "i")
     image.PixelData = pixels.tobytes()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name, value in (known | tags).items():
-            if value is not None:
-                setattr(image, name, value)
+    set_tags(image, {name: value for name, value in (known | tags).items() if value is not None})
     if syntax == uid.ExplicitVRBigEndian:
         image.PixelData = pixels.astype(pixels.dtype.newbyteorder(">")).tobytes()
     if syntax in (uid.ImplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.DeflatedExplicitVRLittleEndian):
@@ -71,13 +62,18 @@ def compress_lossless_jpeg(image: bytes, syntax: str) -> bytes:
         return (Path(folder) / "b").read_bytes()
 
 
-def change(image: bytes, **tags: object) -> bytes:
-    """The image with other values of its tags; None makes one empty, as anonymizers do."""
-    dataset = dcmread(io.BytesIO(image))
+def set_tags(dataset: Dataset, tags: Mapping[str, object]) -> None:
+    """Also to values that pydicom warns of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, value in tags.items():
             setattr(dataset, name, value)
+
+
+def change(image: bytes, **tags: object) -> bytes:
+    """The image with other values of its tags; None makes one empty, as anonymizers do."""
+    dataset = dcmread(io.BytesIO(image))
+    set_tags(dataset, tags)
     file = io.BytesIO()
     dataset.save_as(file)
     return file.getvalue()
@@ -91,18 +87,14 @@ def make_table(descriptor: Sequence[int], data: object, kind: str = "US", first:
     return [item]
 
 
-def render(
-    stored: Array,
-    *,
-    slope: float = 1,
-    intercept: float = 0,
-    modality: Table | None = None,
-    voi: Table | None = None,
-    window: tuple[float, float, str] | None = None,
-    padding: tuple[int, int] | None = None,
-    inverted: bool = False,
-) -> Array:
-    """Gray levels 0 to 255 of stored values, not rounded: PS3.3, C.7.5.1.1.2, C.11.1.1 and C.11.2.1, value by value."""
+def render(stored: Array, **facts: Any) -> Array:
+    """Gray levels 0 to 255 of stored values, not rounded: PS3.3, C.7.5.1.1.2, C.11.1.1 and C.11.2.1, value by value.
+
+    Of the facts slope, intercept, inverted, the tables modality and voi, window (center, width, function) and padding
+    (its first and last value).
+    """
+    modality, voi, window, padding = (facts.get(name) for name in ("modality", "voi", "window", "padding"))
+    slope, intercept = facts.get("slope", 1), facts.get("intercept", 0)
     present = set(stored.ravel().tolist())
     pixels = {value for value in present if padding is None or not padding[0] <= value <= padding[1]} or present
 
@@ -134,7 +126,7 @@ def render(
     gray = {v: 255 * show(x) for v, x in measured.items()} if voi or window else {}
     if len({round(gray[v]) for v in pixels if gray}) <= 1 and (not gray or low < high):  # none, or it misses them
         gray = {v: min(max(255 * (x - low) / ((high - low) or 1), 0), 255) for v, x in measured.items()}
-    if inverted:
+    if facts.get("inverted"):
         gray = {v: 255 - level for v, level in gray.items()}
     if padding:
         gray |= {v: 0 for v in present if padding[0] <= v <= padding[1]}

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,13 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.runs.sweep import Figures, Point, Sweep, list_trials, open_sweep, run_sweep
 from pipeline import DataError
 from pipeline.base.files import write_table
-from pipeline.etl import shards as sharding
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.etl.verify import verify_shards
-from pipeline.manifest import Manifest
 from pipeline.measure.scores import open_scores
 from pipeline.sources.sets import find_source
-from tests.conftest import POLICIES, SEED, default_options, hashes, make_shards, write_chexpert
+from tests.conftest import POLICIES, SEED, Shards, default_options, hashes, make_shards, write_chexpert
 from tests.dicoms import make_dicom
-from tests.pipeline.etl.test_model import read_train
+from tests.pipeline.etl.test_model import read_train, shard_here
 from tests.training import WORDS, assert_same_run, call_train, narrow_networks
 
 # What the message says of each.
@@ -40,6 +39,8 @@ WRITES = ("create", "write", "fsync", "replace")
 OPTIONS = default_options(samples_per_shard=5)
 STATE = {"step": 2, "weights": torch.zeros(100_000)}
 
+
+Survived = Callable[[str], None]  # reports a fault that was survived
 
 failed: list[Path] = []  # the files of the calls that failed
 
@@ -118,27 +119,29 @@ def fail(
 
 
 @pytest.fixture
+def survived(record_property: Callable[[str, object], None]) -> Survived:
+    return partial(record_property, "survived")
+
+
+@pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small CheXpert, whose tasks run in this process, one after the other, where the disk is watched."""
-    monkeypatch.setattr(sharding, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
-    monkeypatch.setattr(sharding, "run_alone", lambda function, task, _: function(task))
+    shard_here(monkeypatch)
     write_chexpert(tmp_path / "CheXpert-v1.0-small", "train", range(1, 6))
     return tmp_path / "CheXpert-v1.0-small"
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.soak)])
-def test_sharding_survives_each_failed_write(
-    source: Path, tmp_path: Path, every: int, record_property: Callable[[str, object], None]
-) -> None:
+def test_sharding_survives_each_failed_write(source: Path, tmp_path: Path, every: int, survived: Survived) -> None:
     make_shards(source, tmp_path / "whole", OPTIONS)
     expected = hashes(tmp_path / "whole")
     calls = fail(tmp_path, WRITES, 10**9, lambda: make_shards(source, tmp_path / "counted", OPTIONS))
     assert calls > 50
     for number in range(0, calls, every):
-        for error, said in ERRORS.items():
+        for error, reason in ERRORS.items():
             out = tmp_path / f"{number}-{error}"
             times = 10**9 if error == errno.EIO else 1  # room may be made, a broken disk stays so
-            with pytest.raises(DataError, match=rf"^{out}(/.*)?: cannot be written: {said}$"):
+            with pytest.raises(DataError, match=rf"^{out}(/.*)?: cannot be written: {reason}$"):
                 fail(tmp_path, WRITES, number, lambda out=out: make_shards(source, out, OPTIONS), error, times)  # type: ignore[misc]
             # If the manifest is in place, the failed call syncs or tidies after it.
             assert not (out / "manifest.json").exists() or hashes(out).items() >= expected.items()
@@ -146,41 +149,33 @@ def test_sharding_survives_each_failed_write(
             make_shards(source, out, OPTIONS)
             # A disk that broke after the manifest keeps the lock's file: the folder is complete, and nothing claims it.
             assert hashes(out).items() - {(".lock", hashlib.sha256().hexdigest())} == expected.items()
-            record_property("survived", f"{errno.errorcode[error]} of pipeline shards")
+            survived(f"{errno.errorcode[error]} of pipeline shards")
 
 
-def test_a_checkpoint_survives_each_failed_write(
-    tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_checkpoint_survives_each_failed_write(tmp_path: Path, survived: Survived) -> None:
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"step": 1})
     calls = fail(tmp_path, WRITES, 10**9, lambda: save_checkpoint(tmp_path / "counted.pt", STATE))
     assert calls > 5
     for number in range(calls):
-        for error, said in ERRORS.items():
-            with pytest.raises(DataError, match=rf"^{path}: cannot be written: {said}$"):
+        for error, reason in ERRORS.items():
+            with pytest.raises(DataError, match=rf"^{path}: cannot be written: {reason}$"):
                 fail(tmp_path, WRITES, number, lambda: save_checkpoint(path, STATE), error, 10**9)
             assert load_checkpoint(path) == {"step": 1}
-            record_property("survived", f"{errno.errorcode[error]} of a checkpoint")
+            survived(f"{errno.errorcode[error]} of a checkpoint")
+
+
+FAILED_READS = [
+    *product(["shards", "again", "foreign", "verify", "stream", "checkpoint", "scores"], [errno.EIO, errno.ENOENT]),
+    *product(["predict", "finished"], [errno.EIO]),  # what is not there is not scored, or made anew
+]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("times", [1, 10**9])
-@pytest.mark.parametrize(
-    ("command", "error"),
-    [
-        *product(["shards", "again", "foreign", "verify", "stream", "checkpoint", "scores"], [errno.EIO, errno.ENOENT]),
-        *product(["predict", "finished"], [errno.EIO]),  # what is not there is not scored, or made anew
-    ],
-)
+@pytest.mark.parametrize(("command", "error"), FAILED_READS)
 def test_each_failed_read_is_named_and_writes_nothing_wrong(
-    source: Path,
-    sample_shards: tuple[Path, Manifest],
-    tmp_path: Path,
-    command: str,
-    error: int,
-    times: int,
-    record_property: Callable[[str, object], None],
+    source: Path, sample_shards: Shards, tmp_path: Path, command: str, error: int, times: int, survived: Survived
 ) -> None:
     out, path, run, tars = (tmp_path / name for name in ("out", "last.pt", "run", "tars"))
     scores = tmp_path.with_suffix(".csv")  # not watched
@@ -196,18 +191,16 @@ def test_each_failed_read_is_named_and_writes_nothing_wrong(
         (source / "scan").write_bytes(make_dicom(np.zeros((64, 64), np.uint16)))
 
     def call(*words: object) -> list[str]:
-        with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
+        with redirect_stderr(io.StringIO()) as output, redirect_stdout(output):
             try:
                 call_train(*words)
             except (DataError, OSError, click.ClickException) as failure:  # before it, lines name the files
                 print(failure)
-        return [said.getvalue(), *(file.read_text() for file in [scores] if file.exists())]
+        return [output.getvalue(), *(file.read_text() for file in [scores] if file.exists())]
 
-    def read_all_scores() -> list[Any]:
-        return [open_scores(file).values.tolist() for file in (tmp_path / "a.csv", tmp_path / "a.arrow")]
-
-    (tmp_path / "a.csv").write_text("key,Edema\na,0.5\nb,0.25\n")
-    write_table(tmp_path / "a.arrow", pa.table({"key": ["a", "b"], "Edema": [0.5, 0.25]}))
+    tables = tmp_path / "a.csv", tmp_path / "a.arrow"
+    tables[0].write_text("key,Edema\na,0.5\nb,0.25\n")
+    write_table(tables[1], pa.table({"key": ["a", "b"], "Edema": [0.5, 0.25]}))
     works: dict[str, Callable[[], Any]] = {
         "shards": lambda: make_shards(source, tmp_path / "new", OPTIONS) and None,
         "again": lambda: make_shards(source, out, OPTIONS) and None,
@@ -215,17 +208,16 @@ def test_each_failed_read_is_named_and_writes_nothing_wrong(
         "stream": lambda: [array.tobytes() for array in read_train(out, 0)],
         "checkpoint": lambda: load_checkpoint(path),
         "foreign": lambda: write_shards(foreign, tmp_path / "new", OPTIONS, POLICIES, Execution(1, 0.0)) and None,
-        "scores": read_all_scores,
+        "scores": lambda: [open_scores(file).values.tolist() for file in tables],
         "predict": lambda: call("predict", "--run", run, "--out", scores, source, "--workers", 1),
         "finished": lambda: call(*training),
     }
     work, results = works[command], list[Any]()
+    result = work()
+    shutil.rmtree(tmp_path / "new", ignore_errors=True)
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, tmp_path, lambda *_: 100)
-        result = work()
-    shutil.rmtree(tmp_path / "new", ignore_errors=True)
-    assert work() == result  # short reads and writes change nothing
-    shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        assert work() == result  # short reads and writes change nothing
     for number in range(fail(tmp_path, READS, 10**9, work)):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         results.clear()
@@ -237,7 +229,7 @@ def test_each_failed_read_is_named_and_writes_nothing_wrong(
         assert named or results[0] == result, (failed, results[0])
         assert {name: digest for name, digest in hashes(out).items() if name in expected} == expected
         assert work() == result
-        record_property("survived", f"{errno.errorcode[error]} of reading ({command})")
+        survived(f"{errno.errorcode[error]} of reading ({command})")
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
@@ -288,9 +280,7 @@ def lose_power(folder: Path, work: Callable[[], Any], most: int = 10**9) -> Iter
 
 @pytest.mark.soak
 @pytest.mark.parametrize("begun", [False, True])
-def test_shards_survive_a_loss_of_power(
-    source: Path, tmp_path: Path, begun: bool, record_property: Callable[[str, object], None]
-) -> None:
+def test_shards_survive_a_loss_of_power(source: Path, tmp_path: Path, begun: bool, survived: Survived) -> None:
     """While they are written, and while some are restored."""
     whole, out = tmp_path / "whole", tmp_path / "out" / "shards"
     make_shards(source, whole, OPTIONS)
@@ -305,24 +295,22 @@ def test_shards_survive_a_loss_of_power(
             assert [array.tobytes() for array in read_train(out, 0)] == arrays
         make_shards(source, out, OPTIONS)
         assert {name: digest for name, digest in hashes(out).items() if not name.startswith(".")} == expected
-        record_property("survived", "loss of power in pipeline shards")
+        survived("loss of power in pipeline shards")
 
 
-def test_a_checkpoint_survives_a_loss_of_power(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_a_checkpoint_survives_a_loss_of_power(tmp_path: Path, survived: Survived) -> None:
     path = tmp_path / "run" / "last.pt"
     path.parent.mkdir()
     save_checkpoint(path, {"step": 1})
     steps = []
     for _ in lose_power(path.parent, lambda: save_checkpoint(path, STATE)):
         steps.append(load_checkpoint(path)["step"])
-        record_property("survived", "loss of power in a checkpoint")
+        survived("loss of power in a checkpoint")
     assert set(steps) == {1, 2}
 
 
 @pytest.mark.soak
-def test_a_run_survives_a_loss_of_power(
-    sample_shards: tuple[Path, Manifest], tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_run_survives_a_loss_of_power(sample_shards: Shards, tmp_path: Path, survived: Survived) -> None:
     whole, run = tmp_path / "whole", tmp_path / "home" / "run"
     words = ("train", "--shards", sample_shards[0], *WORDS, "--epochs", 2, "--eval-every", 4, "--ema", 0.5, "--run")
     run.mkdir(parents=True)
@@ -332,7 +320,7 @@ def test_a_run_survives_a_loss_of_power(
             print(number, sorted(path.name for path in run.iterdir()))
             call_train(*words, run)
             assert_same_run(run, whole)
-            record_property("survived", "loss of power in train.py")
+            survived("loss of power in train.py")
 
 
 def train_point(point: Point, run: Path) -> Figures:
@@ -342,7 +330,7 @@ def train_point(point: Point, run: Path) -> Figures:
 
 
 @pytest.mark.soak
-def test_a_sweep_survives_a_loss_of_power(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_a_sweep_survives_a_loss_of_power(tmp_path: Path, survived: Survived) -> None:
     folder = tmp_path / "home" / "sweep"
     folder.mkdir(parents=True)
     sweep = Sweep(folder, {"lr": (0.1, 0.2)}, {"epochs": 1}, "grid", trials=0)
@@ -354,4 +342,4 @@ def test_a_sweep_survives_a_loss_of_power(tmp_path: Path, record_property: Calla
     for _ in lose_power(folder, run):
         run()
         assert [(trial.dev, trial.state) for trial in list_trials(sweep)] == [(0.1, "complete"), (0.2, "complete")]
-        record_property("survived", "loss of power in a sweep")
+        survived("loss of power in a sweep")

@@ -24,8 +24,6 @@ OPTIONS = ["--size", "48", "--dev", "0.3", "--samples-per-shard", "20", "--max-b
 pytestmark = pytest.mark.cluster
 
 connect: Any = Client  # which has no types
-
-
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
@@ -47,17 +45,26 @@ def start() -> Iterator[Start]:
         process.wait()
 
 
-@pytest.fixture
-def cluster(start: Start) -> "tuple[str, subprocess.Popen[bytes]]":
-    """A scheduler's address, and its process."""
+def start_scheduler(start: Start) -> "tuple[str, subprocess.Popen[bytes]]":
+    """Its address and process."""
     (port,) = free_ports(1)
     process = start("scheduler", "--host", "127.0.0.1", "--port", port, "--no-dashboard")
     return f"tcp://127.0.0.1:{port}", process
 
 
 @pytest.fixture
-def scheduler(cluster: tuple[str, object]) -> str:
-    return cluster[0]
+def scheduler(start: Start) -> str:
+    return start_scheduler(start)[0]
+
+
+def wait_for_workers(scheduler: str) -> None:
+    with connect(scheduler, set_as_default=False) as client:
+        client.wait_for_workers(2)
+
+
+def assert_warned(caplog: pytest.LogCaptureFixture, reason: str) -> None:
+    (warning,) = (record.getMessage() for record in caplog.records if record.name == "pipeline.etl.cluster")
+    assert re.fullmatch(rf"worker tcp://\S+ {reason}; its tasks go to others", warning)
 
 
 @pytest.fixture
@@ -107,24 +114,24 @@ def test_a_stopped_run_and_a_lost_worker_change_no_byte(
             (victim or run).send_signal(number)
             round_.survived(f"{number.name} of {'a Dask worker' if victim else 'pipeline shards on Dask'}")
             assert not (out / "manifest.json").exists()  # in the middle of the run
-            output, said = run.communicate(timeout=120)
-            assert run.returncode == code, said  # 3: --strict, and one reject
-        assert " images were there already" in output
-        assert "1,200 of 1,200 images" in said
+            stdout, stderr = run.communicate(timeout=120)
+            assert run.returncode == code, stderr  # 3: --strict, and one reject
+        assert " images were there already" in stdout
+        assert "1,200 of 1,200 images" in stderr
         assert_written_alike(source, out, *options)
         for worker in workers:
             worker.kill()
             worker.wait()
 
 
-def test_a_lost_scheduler_is_named(start: Start, cluster: Any, source: Path, tmp_path: Path) -> None:
-    scheduler, process = cluster
+def test_a_lost_scheduler_is_named(start: Start, source: Path, tmp_path: Path) -> None:
+    scheduler, process = start_scheduler(start)
     start("worker", scheduler)
     run = shard_on(scheduler, source, tmp_path / "out", finished=2)
     process.kill()
-    _, said = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=60)
     reason = f"--scheduler {scheduler}: the connection was lost; the same command continues"
-    assert (run.returncode, said.splitlines()[-1]) == (1, f"Error: {reason}")
+    assert (run.returncode, stderr.splitlines()[-1]) == (1, f"Error: {reason}")
 
 
 def test_a_late_worker_that_differs_is_named_and_its_tasks_go_to_others(
@@ -140,12 +147,9 @@ def test_a_late_worker_that_differs_is_named_and_its_tasks_go_to_others(
     results = run_on_cluster(len, ["a"] * 200, scheduler, witness)
     assert next(results) == 1
     start("worker", scheduler, cwd=other)
-    with connect(scheduler, set_as_default=False) as client:
-        client.wait_for_workers(2)
+    wait_for_workers(scheduler)
     assert list(results) == [1] * 199
-    (warning,) = (record.getMessage() for record in caplog.records if record.name == "pipeline.etl.cluster")
-    differs = r"worker tcp://\S+ has sources of sha256 \w+, \w+ is needed: the bytes would differ"
-    assert re.fullmatch(f"{differs}; its tasks go to others", warning)
+    assert_warned(caplog, r"has sources of sha256 \w+, \w+ is needed: the bytes would differ")
 
 
 def test_a_task_that_a_machine_fails_is_done_by_another(
@@ -153,12 +157,10 @@ def test_a_task_that_a_machine_fails_is_done_by_another(
 ) -> None:
     start("worker", scheduler)
     start("worker", scheduler)
-    with connect(scheduler, set_as_default=False) as client:
-        client.wait_for_workers(2)
+    wait_for_workers(scheduler)
     reasons = iter(["does not see /data/film.jpg"])  # of the first result alone
     assert list(run_on_cluster(str.upper, ["a"], scheduler, witness, lambda _: next(reasons, ""))) == ["A"]
-    (warning,) = (record.getMessage() for record in caplog.records if record.name == "pipeline.etl.cluster")
-    assert re.fullmatch(r"worker tcp://\S+ does not see /data/film.jpg; its tasks go to others", warning)
+    assert_warned(caplog, "does not see /data/film.jpg")
     failed = rf"worker tcp://\S+ failed: \[Errno 17\] File exists: '{tmp_path}'"
     with pytest.raises(DataError, match=rf"no fit worker is left: {failed}; {failed}$"):
         list(run_on_cluster(os.mkdir, [str(tmp_path)], scheduler, witness))

@@ -5,16 +5,14 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.scale import descendants
-from pipeline import open_shards
 from tests.conftest import PIPELINE, Round, hashes, run_pipeline
 from tests.layouts import SETS
-from tests.pipeline.stream.test_batches import assert_equal, join
 
 OPTIONS = ["--size", "64", "--samples-per-shard", "8", "--workers", "2", "--views", "all"]
 FIELDS = "patient=patient,study=study,view=view,Edema=labels.Edema"  # in the JSON of our own tars
@@ -47,35 +45,15 @@ def disturb(command: list[str], out: Path, shards: int, round_: Round) -> None:
         is_begun = len(list(out.glob("*.tar"))) > before  # before that, a signal ends Python as it starts
         if number == signal.SIGKILL and dice.random() < 0.5:
             workers = descendants(process.pid)
-        victim = dice.choice(workers or [process.pid])
-        try:
-            os.kill(victim, number)
+        with suppress(ProcessLookupError):
+            os.kill(dice.choice(workers or [process.pid]), number)
             round_.survived(f"{number.name} of {'its worker' if workers else 'pipeline shards'}")
-        except ProcessLookupError:
-            pass
         _, errors = process.communicate(timeout=60)  # returns once the workers have closed stderr too
     if is_begun and number != signal.SIGKILL:
         assert process.returncode in (0, 128 + number, -number), errors  # the last as Python ends, without handlers
         assert "Traceback" not in errors
     if not (out / "manifest.json").exists():
         run_pipeline("stats", out, code=1)  # unfinished shards are not read
-
-
-def check_stream(folder: Path, round_: Round) -> None:
-    """Any threads and ranks, from any step, give the batches of one thread."""
-    dice, ranks = round_.dice, round_.dice.randint(1, 3)
-    name, split = dice.choice([*open_shards(folder).items()])
-    size, threads, step = dice.randint(1, 5), dice.randint(1, 4), dice.randrange(5)
-    order: dict[str, Any] = {"epoch": dice.randrange(3), "seed": dice.randrange(9)}
-    print(f"{name}: {size} samples for each of {ranks} ranks, {threads} threads, from step {step}, {order}")
-    if len(split.rows) < ranks * size:
-        return
-    whole = list(split.batches(ranks * size, 32, threads=1, **order))
-    how = [{"rank": rank, "ranks": ranks, "threads": threads} | order for rank in range(ranks)]
-    parts = [split.batches(ranks * size, 32, **one) for one in how]
-    for part in parts:
-        part.load_state_dict({"step": min(step, len(whole))})
-    assert_equal([join(slices) for slices in zip(*parts, strict=True)], whole[step:])
 
 
 @pytest.mark.soak
@@ -90,11 +68,9 @@ def test_killed_runs_resume_to_the_same_bytes(rounds: Iterator[Round], sources: 
         for _ in range(dice.randint(1, 3)):
             disturb([*command, str(dice.randint(1, 3))], out, len(list(round_.folder.glob("whole/*.tar"))), round_)
         run_pipeline(*command[1:], 2)
-        written = hashes(out)
-        written.pop(".lock", None)  # of a process that was killed behind its manifest
-        assert written == hashes(round_.folder / "whole")
+        (out / ".lock").unlink(missing_ok=True)  # of a process that was killed behind its manifest
+        assert hashes(out) == hashes(round_.folder / "whole")
         run_pipeline("verify", out, "--deep")
-        check_stream(out, round_)
 
 
 def test_a_signal_ends_the_run_and_its_workers(tmp_path: Path) -> None:

@@ -26,6 +26,12 @@ class Killed(BaseException):
     """Stands in for SIGKILL: nothing catches it."""
 
 
+def shard_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process do the tasks of sharding, one after the other."""
+    monkeypatch.setattr(etl, "run_alone", lambda function, task, _: function(task))
+    monkeypatch.setattr(etl, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
+
+
 def read_train(folder: Path, step: int) -> list[Any]:
     stream = open_shards(folder)["train"].batches(4, 32, epoch=0)
     stream.load_state_dict({"step": min(step, len(stream))})
@@ -145,8 +151,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("examples", [15, pytest.param(300, marks=pytest.mark.soak)])
 def test_a_folder_does_what_the_model_does(home: Path, examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etl, "run_alone", lambda function, task, _: function(task))
-    monkeypatch.setattr(etl, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
+    shard_here(monkeypatch)
     for number, options in enumerate(OPTIONS):
         with kill_at(3), suppress(Killed):  # after two plans and options.json
             make_shards(home / "source", home / f"begun{number}", options)

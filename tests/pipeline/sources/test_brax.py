@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.etl import shards
 from pipeline.manifest import read_manifest
 from pipeline.sources import sets
 from tests.conftest import REPOSITORY, run_pipeline
 from tests.layouts import copy_tables, draw, list_rows, read_rows
+from tests.pipeline.etl.test_model import shard_here
 
 
 @pytest.fixture
@@ -25,8 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(sets.SETS, "brax", module.SET)
     monkeypatch.setitem(sets.KNOWN, "brax", module.SET)
     # Processes of their own would not know the set: what they do is done in this one.
-    monkeypatch.setattr(shards, "run_alone", lambda function, task, _: function(task))
-    monkeypatch.setattr(shards, "run_tasks", lambda function, tasks, *_: (function(task) for task in tasks))
+    shard_here(monkeypatch)
     home = tmp_path / "brax"
     copy_tables("brax", home)
     for number, row in enumerate(read_rows("brax/master_spreadsheet_update.csv")):

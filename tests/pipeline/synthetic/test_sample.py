@@ -10,31 +10,18 @@ import os
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.labels import LABELS, select_views
+from pipeline.labels import COLUMNS, LABELS, select_views
+from pipeline.synthetic import sample as synthetic
 from pipeline.synthetic.anatomy import Finding, draw_image
-from pipeline.synthetic.sample import (
-    CUES,
-    FINDINGS,
-    DrawTask,
-    Shortcut,
-    Study,
-    draw_cues,
-    draw_studies,
-    write_sample,
-    write_studies,
-)
-from tests.conftest import refused, run_pipeline
+from pipeline.synthetic.sample import FINDINGS, Study, draw_cues, draw_studies, write_sample
+from tests.conftest import hashes, refused, run_pipeline
 
-HEADER = (
-    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,"
-    "Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,"
-    "Fracture,Support Devices"
-)
 RAISED = ("Enlarged Cardiomediastinum", "Lung Lesion", "Pneumonia", "Pleural Other", "Fracture")
 TABLES = "c23148699e24973b12d85daadc781c0017c85c452d728f460a6a7f8c1e2f0fcb"  # sha256
 # Mean gray level of every twelfth frontal.
@@ -53,21 +40,16 @@ def read_rows(root: Path, split: str) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def patient_of(row: Row) -> str:
-    return row["Path"].split("/")[2]
-
-
 def test_layout_is_chexpert_s(sample: Path) -> None:
     assert sample.name == "CheXpert-v1.0-small"
     assert "not patients" in (sample / "SYNTHETIC.txt").read_text()
     for split in ("train", "valid"):
-        assert (sample / f"{split}.csv").read_bytes().split(b"\n")[0].decode() == HEADER
+        assert (sample / f"{split}.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert len(read_rows(sample, "valid")) == 24
     rows = read_rows(sample, "train") + read_rows(sample, "valid")
     paths = [row["Path"] for row in rows]
     assert len(paths) == 200
-    assert len(read_rows(sample, "valid")) == 24
-    assert paths == sorted(paths)
-    assert sorted(paths) == sorted(str(path.relative_to(sample.parent)) for path in sample.rglob("*.jpg"))
+    assert paths == sorted(str(path.relative_to(sample.parent)) for path in sample.rglob("*.jpg"))
     assert paths[0] == "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
     assert all(18 <= int(row["Age"]) <= 90 and row["Sex"] in ("Female", "Male") for row in rows)
 
@@ -81,19 +63,13 @@ def test_images_are_gray_jpegs_of_the_small_set_s_size(sample: Path) -> None:
 
 def test_bytes_do_not_depend_on_the_workers_but_on_the_seed(tmp_path: Path) -> None:
     counts: list[tuple[int, int]] = []
-    roots = [
-        write_sample(tmp_path / "one", images=40, workers=1, progress=lambda done, total: counts.append((done, total))),
-        write_sample(tmp_path / "two", images=40, workers=2),
-        write_sample(tmp_path / "other", images=40, seed=1, workers=1),
-    ]
-    one, two, other = (
-        {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()} for root in roots
-    )
+    first = write_sample(tmp_path / "a", 40, workers=1, progress=lambda done, total: counts.append((done, total)))
     assert counts[-1] == (40, 40)
-    assert len(one) == 43
-    assert one == two
-    first = "train/patient00001/study1/view1_frontal.jpg"
-    assert one[first] != other[first]
+    assert len(hashes(first)) == 43
+    assert hashes(write_sample(tmp_path / "b", 40, workers=2)) == hashes(first)
+    other = write_sample(tmp_path / "c", 40, seed=1, workers=1)
+    name = "train/patient00001/study1/view1_frontal.jpg"
+    assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
 def test_frontals_and_tables_are_written_in_stone(sample: Path) -> None:
@@ -113,22 +89,22 @@ def test_more_laterals_change_no_study_but_by_their_views(sample: Path, tmp_path
     rows = {row["Path"]: row for row in read_rows(sample, "train")}
     studies = defaultdict(list)
     for row in read_rows(more, "train"):
-        studies[row["Path"].rsplit("/", 1)[0]].append(row)
-        if row["Path"] in rows:
-            assert row == rows[row["Path"]]
-            pixels = [(root.parent / row["Path"]).read_bytes() for root in (sample, more)]
-            assert pixels[0] == pixels[1]
-        else:
-            assert row["Frontal/Lateral"] == "Lateral"
-    assert all(views[-1]["Frontal/Lateral"] == "Lateral" for views in list(studies.values())[:-1])
+        path = row["Path"]
+        studies[path.rsplit("/", 1)[0]].append(row["Frontal/Lateral"])
+        assert row == rows.get(path, row | {"Frontal/Lateral": "Lateral"})
+        assert path not in rows or (sample.parent / path).read_bytes() == (more.parent / path).read_bytes()
+    assert all(views[-1] == "Lateral" for views in list(studies.values())[:-1])
     assert {kind for study in draw_studies(3, 1, 40, False, 0.0) for kind, _ in study.views} == {"frontal"}
 
 
 def test_valid_gets_its_share(tmp_path: Path) -> None:
-    folder = write_sample(tmp_path, images=40, seed=3, workers=1, valid=0.5)
-    assert [len(read_rows(folder, split)) for split in ("train", "valid")] == [20, 20]
-    least = write_sample(tmp_path / "least", images=20, valid=0.01)
-    assert [len(read_rows(least, split)) for split in ("train", "valid")] == [19, 1]
+    for images, valid, counts in ((40, 0.5, [20, 20]), (20, 0.01, [19, 1])):
+        folder = write_sample(tmp_path / str(images), images, valid=valid)
+        assert [len(read_rows(folder, split)) for split in ("train", "valid")] == counts
+
+
+def draw(kind: str, findings: dict[str, Finding]) -> Any:
+    return draw_image(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))
 
 
 def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
@@ -136,13 +112,9 @@ def test_a_lateral_shows_some_signs_better_and_some_not_at_all() -> None:
 
     def visible(kind: str, label: str, severity: float) -> float:
         """By how many gray levels the sign changes the image on average."""
-        images = [
-            draw_image(kind, "AP", "Male", findings, np.random.default_rng(1), np.random.default_rng(2))[0].astype(
-                float
-            )
-            for findings in (nothing, nothing | {label: nothing[label]._replace(severity=severity)})
-        ]
-        return float(np.abs(images[1] - images[0]).mean())
+        changed = nothing | {label: nothing[label]._replace(severity=severity)}
+        before, after = (draw(kind, findings)[0].astype(float) for findings in (nothing, changed))
+        return float(np.abs(after - before).mean())
 
     for label in ("Enlarged Cardiomediastinum", "Pneumothorax", "Fracture"):
         assert visible("lateral", label, 0.8) == 0 < visible("frontal", label, 0.8)
@@ -155,7 +127,7 @@ def test_labels_keep_the_real_set_s_quirks(sample: Path) -> None:
     assert {row["No Finding"] for row in train} == {"1.0", ""}
     assert {row[label] for row in train for label in LABELS} == {"1.0", "0.0", "-1.0", ""}
     assert {row[label] for row in valid for label in LABELS} == {"1.0", "0.0"}
-    assert max(map(patient_of, train)) < min(map(patient_of, valid))
+    assert train[-1]["Path"].split("/")[2] < valid[0]["Path"].split("/")[2]  # patients; the rows are sorted
     studies = defaultdict(set)
     for row in train + valid:
         lateral = row["Path"].endswith("_lateral.jpg")
@@ -165,8 +137,7 @@ def test_labels_keep_the_real_set_s_quirks(sample: Path) -> None:
     assert len(studies) < len(train + valid)
     assert all(len(states) == 1 for states in studies.values())
     for row in train:
-        ill = any(row[label] in ("1.0", "-1.0") for label in LABELS[1:-1])
-        assert row["No Finding"] == ("" if ill else "1.0")
+        assert row["No Finding"] == ("" if {row[label] for label in LABELS[1:-1]} & {"1.0", "-1.0"} else "1.0")
 
 
 def test_states_are_as_frequent_as_in_the_real_set(real_table: Any) -> None:
@@ -199,29 +170,18 @@ def test_a_sample_has_images_and_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    with refused(
-        f"{tmp_path}/patient00001/study1/view1_frontal.jpg: cannot be written: No space left on device; "
-        "make room, and run it again"
-    ):
-        write_studies(DrawTask(tmp_path, 0, list(draw_studies(0, 1, 1, False)), ()))
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    reason = "cannot be written: No space left on device; make room, and run it again"
+    with refused(f"{tmp_path}/patient00001/study1/view1_frontal.jpg: {reason}"):
+        synthetic.write_studies(synthetic.DrawTask(tmp_path, 0, list(draw_studies(0, 1, 1, False)), ()))
 
 
-@pytest.mark.parametrize(
-    "label", [label for label in FINDINGS if label not in ("Edema", "Pneumonia", "Support Devices")]
-)
+@pytest.mark.parametrize("label", sorted(FINDINGS.keys() - {"Edema", "Pneumonia", "Support Devices"}))
 def test_what_a_sign_changes_lies_in_its_boxes(label: str) -> None:
     """Of the signs that draw no random numbers: with and without them, all else in the image is the same."""
     nothing = dict.fromkeys(FINDINGS, Finding(0.0, 1, 0.2, 0.5, 0.15))
-    drawn = []
-    for severity in (0.0, 0.8):
-        findings = nothing | {label: nothing[label]._replace(severity=severity)}
-        streams = np.random.default_rng(1), np.random.default_rng(2)
-        drawn.append(draw_image("frontal", "AP", "Male", findings, *streams))
-    (before, _), (after, boxes) = drawn
+    before, _ = draw("frontal", nothing)
+    after, boxes = draw("frontal", nothing | {label: nothing[label]._replace(severity=0.8)})
     outside = np.abs(after.astype(int) - before) > 10  # gray levels: less is lost in the grain
     assert outside.sum() > 20
     for x, y, w, h in boxes[label]:
@@ -243,43 +203,35 @@ def test_boxes_lie_beside_the_folder(sample: Path) -> None:
 @pytest.mark.parametrize("strength", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("state", [1.0, 0.0, -1.0, None])
 def test_a_cue_is_as_frequent_as_its_strength_says(strength: float, state: float | None) -> None:
-    shortcuts = [Shortcut("Edema", "border", strength)]
+    shortcuts = [synthetic.Shortcut("Edema", "border", strength)]
     studies = (Study(patient, "Male", 60, 1, [], {"Edema": state}, {}) for patient in range(1000))
-    had = [draw_cues(5, study, shortcuts) == ["border"] for study in studies]
-    chance = {1.0: (1 + strength) / 2, -1.0: 0.5}.get(0.0 if state is None else state, (1 - strength) / 2)
+    share = np.mean([draw_cues(5, study, shortcuts) == ["border"] for study in studies])
+    chance = {1.0: (1 + strength) / 2, -1.0: 0.5}.get(state or 0.0, (1 - strength) / 2)
     # Four standard errors; none at 0 and 1.
-    assert abs(np.mean(had) - chance) <= 4 * (chance * (1 - chance) / 1000) ** 0.5
+    assert abs(share - chance) <= 4 * (chance * (1 - chance) / 1000) ** 0.5
 
 
 def test_cues_are_drawn_into_train_alone_and_change_nothing_else(tmp_path: Path) -> None:
     plain = write_sample(tmp_path / "plain", images=20)
-    run_pipeline(
-        "sample", tmp_path / "cued", "--images", 20, "--workers", 1,
-        "--shortcut", "Support Devices=marker:1", "--shortcut", "No Finding=border:0.5",
-    )  # fmt: skip
+    shortcuts = ("--shortcut", "Support Devices=marker:1", "--shortcut", "No Finding=border:0.5")
+    run_pipeline("sample", tmp_path / "cued", "--images", 20, "--workers", 1, *shortcuts)
     cued = tmp_path / "cued" / plain.name
-    added = (cued / "SYNTHETIC.txt").read_text().removeprefix((plain / "SYNTHETIC.txt").read_text())
-    assert added == (
-        "Planted in train: marker for Support Devices, strength 1.\n"
-        "Planted in train: border for No Finding, strength 0.5.\n"
-    )
-    for name in ("train.csv", "valid.csv"):
-        assert (cued / name).read_bytes() == (plain / name).read_bytes()
-    states = [line.split(",")[-1] for line in (plain / "train.csv").read_text().splitlines()[1:]]
-    images = sorted(plain.glob("train/*/*/*.jpg"))
-    for path, state in zip(images, states, strict=True):
-        before, after = (np.asarray(Image.open(root / path.relative_to(plain)), int) for root in (plain, cued))
+    notices = [(root / "SYNTHETIC.txt").read_text().splitlines() for root in (plain, cued)]
+    planted = {"marker for Support Devices, strength 1.", "border for No Finding, strength 0.5."}
+    assert {*notices[1]} - {*notices[0]} == {f"Planted in train: {cue}" for cue in planted}
+    for row in read_rows(plain, "train"):
+        before, after = (np.asarray(Image.open(root.parent / row["Path"]), int) for root in (plain, cued))
         assert np.abs(after - before)[40:-40, 40:-40].max() <= 12  # JPEG's blocks
-        stem = after[14:26, 11:13].min()  # of the letter
+        stem, state = after[14:26, 11:13].min(), row["Support Devices"]  # of the letter
         assert state == "-1.0" or (stem > 220) == (state == "1.0")
-    for path in plain.glob("valid/*/*/*.jpg"):
+    for path in (*plain.glob("*.csv"), *plain.glob("valid/*/*/*.jpg")):
         assert (cued / path.relative_to(plain)).read_bytes() == path.read_bytes()
 
 
 def test_cues_stay_at_the_edge() -> None:
     image = np.full((320, 390), 90, np.uint8)
-    for name, draw in CUES.items():
+    for name, add_cue in synthetic.CUES.items():
         drawn = image.copy()
-        draw(drawn)
+        add_cue(drawn)
         assert (drawn[64:-64, 64:-64] == 90).all(), name
         assert drawn.max() == {"marker": 245, "border": 180, "corners": 150}[name]
