@@ -37,7 +37,7 @@ import simplejpeg
 from PIL import Image
 
 from pipeline.base.files import write_table
-from pipeline.etl.planning import Options
+from pipeline.etl.writing import Options
 from pipeline.labels import LABELS, count_rows
 from pipeline.manifest import Manifest, Shard, Split, read_manifest, write_manifest
 from pipeline.policies import make_targets, parse_uncertain_policy

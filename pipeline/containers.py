@@ -47,19 +47,15 @@ class Picture(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the header of a JPEG says; `bits` are those of a channel, `frame` is the marker of that kind.
-
-    `quality` is libjpeg's, 1 to 100, whose luminance table is nearest in sum: exact for what libjpeg wrote; None
-    without such a table.
-    """
+    """What precedes the scans of a JPEG."""
 
     shape: tuple[int, int, int]  # height, width, channels
-    bits: int
+    bits: int  # per channel
     exif: bytes | None
     is_multiple: bool
     has_metadata: bool
-    frame: int | None
-    quality: int | None
+    frame: int | None  # the marker of its kind
+    quality: int | None  # libjpeg's, 1 to 100, by the nearest sum of a luminance table: exact for what libjpeg wrote
 
 
 def read_jpeg_facts(jpeg: bytes) -> Facts:
@@ -99,9 +95,9 @@ def strip_metadata(jpeg: bytes) -> bytes:
 
 
 def read_png(png: bytes) -> tuple[dict[bytes, bytes], bytes]:
-    """Type → content of a PNG's chunks but for its pixels, and the file with only its header, pixels and end.
+    """Type → content of a PNG's chunks but for its pixels (b"" for what follows the end); the file without the others.
 
-    What follows the end is under b"". All checksums are verified: decoders skip some. Raises ValueError.
+    All checksums are verified: decoders skip some. Raises ValueError.
     """
     position, kind = len(PNG), b""
     chunks, plain, view = dict[bytes, bytes](), list[bytes | memoryview]([PNG]), memoryview(png)
@@ -123,10 +119,7 @@ def read_png(png: bytes) -> tuple[dict[bytes, bytes], bytes]:
 
 
 def _segments(jpeg: bytes) -> Iterator[tuple[int, bytes]]:
-    """Marker and bytes of each segment after the first marker, scans as _SCAN_DATA.
-
-    Fill bytes between segments and what follows the end are left out. Raises ValueError without an end.
-    """
+    """Marker and bytes of each segment after the first marker, without fill bytes between them; scans as _SCAN_DATA."""
     position = 2
     while segment := _MARKER.match(jpeg, position):
         marker, start = segment[1][0], segment.end() - 2

@@ -49,11 +49,8 @@ class _UnfitError(ValueError):
 
 @contextmanager
 def _quietly(failure: str) -> Iterator[None]:
-    """Raise ValueError(failure) for any foreign error, and silence pydicom, whose messages quote the file.
-
-    Threads inside are counted, not locked out: Python's filters of warnings are the process's, but decoders are not.
-    """
-    with _lock:
+    """Raise ValueError(failure) for any foreign error, and silence pydicom, whose messages quote the file."""
+    with _lock:  # threads inside are counted, not locked out: Python's filters of warnings are the process's
         if not _inside:
             logger = logging.getLogger("pydicom")
             _undo.callback(setattr, logger, "propagate", logger.propagate)

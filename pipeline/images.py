@@ -39,8 +39,8 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit is checked, which the user can se
 _TURN = Image.Transpose  # by the EXIF orientation, from 2 on
 _TURNS = {2: _TURN.FLIP_LEFT_RIGHT, 3: _TURN.ROTATE_180, 4: _TURN.FLIP_TOP_BOTTOM, 5: _TURN.TRANSPOSE}
 _TURNS |= {6: _TURN.ROTATE_270, 7: _TURN.TRANSVERSE, 8: _TURN.ROTATE_90}
-_NPY_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n", re.DOTALL
+_NPY = re.compile(
+    rb"(?s)\x93NUMPY\x01\x00(..){'descr': '\|u1', 'fortran_order': False, 'shape': \((\d+), (\d+)\), } *\n"
 )
 
 
@@ -49,18 +49,14 @@ class ImageError(ValueError):
 
 
 class ImageOptions(NamedTuple):
-    """How images are stored; meanings and defaults are those of `pipeline shards --help`.
+    """How images are stored; meanings and defaults are those of `pipeline shards --help`."""
 
-    `size` is the shorter side; None keeps the original. With a `square` the result is size×size, enlarged if need be.
-    `bits` is how many bits of a 16-bit PNG hold the picture; None: as the PNG states, else as its levels need.
-    """
-
-    size: int | None
-    square: str
+    size: int | None  # the shorter side; None keeps the original
+    square: str  # one of SQUARES; of all but `no` the result is size×size, enlarged if need be
     encoding: str
     quality: int
     max_pixels: int
-    bits: int | None = None
+    bits: int | None = None  # how many of a 16-bit PNG hold the picture; None: as it states, else as its levels need
 
 
 class Original(NamedTuple):
@@ -139,7 +135,7 @@ def decode_stored(data: bytes | memoryview, encoding: str) -> Gray:
             return _read_png(bytes(data), STORED_PIXELS).pixels
         except Exception as error:  # of many kinds, for a damaged file
             raise ValueError(str(error)) from error
-    header = _NPY_HEADER.match(data)
+    header = _NPY.match(data)
     if header is None or int.from_bytes(header[1], "little") != header.end() - 10:
         raise ValueError("not a .npy file of gray pixels, uint8 [H, W]")
     height, width = int(header[2]), int(header[3])
@@ -174,8 +170,7 @@ def resize(pixels: Gray, height: int, width: int, out: Gray | None = None) -> Gr
         return pixels
     # Up to a scale of two, OpenCV's bilinear filter is as close to Lanczos as Pillow's antialiased ones, at a quarter
     # of their time, and its levels are the same on every CPU: from 320×320 to 224×224, it differs by 0.46 gray levels
-    # and takes 0.10 ms, Pillow's Hamming 0.45 and 0.38 ms. Beyond it would alias: to 128×128, 0.97 beside Hamming's
-    # 0.57.
+    # and takes 0.10 ms, Pillow's Hamming 0.45 and 0.38. Beyond it would alias: to 128×128, 0.97 beside Hamming's 0.57.
     if pixels.shape[0] <= 2 * height and pixels.shape[1] <= 2 * width:
         return cv2.resize(pixels, (width, height), out, interpolation=cv2.INTER_LINEAR_EXACT)  # type: ignore[return-value]
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.HAMMING))
@@ -257,10 +252,7 @@ def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bi
 
 
 def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Levels, Levels | None]:
-    """Levels [H, W] or RGB [H, W, 3] of a PNG without a palette, and alpha [H, W] from 0 to 255, or None.
-
-    `clear` is the level, or RGB, that is transparent (tRNS). Levels of fewer than 8 bits are scaled to 8.
-    """
+    """Levels [H, W] or RGB [H, W, 3] of a PNG without a palette, scaled to 8 or 16 bits, and 8-bit alpha or None."""
     # OpenCV is faster than Pillow, which gives 16-bit color 8 bits. Other chunks than those of a `plain` PNG could make
     # it print warnings and add channels.
     decoded = cv2.imdecode(np.frombuffer(plain, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -270,7 +262,7 @@ def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Level
     levels = stored if stored.ndim == 2 else stored[:, :, 2::-1]
     if stored.shape[2:] == (4,):
         return levels, stored[:, :, 3] >> (depth - 8)
-    if clear is None:
+    if clear is None:  # else the level, or RGB, that is transparent (tRNS)
         return levels, None
     colors = levels.reshape(*levels.shape[:2], -1)
     if len(clear) != 2 * colors.shape[2]:
@@ -280,10 +272,7 @@ def _decode_levels(plain: bytes, depth: int, clear: bytes | None) -> tuple[Level
 
 
 def _choose_full(highest: int, stated: int | None, bits: int | None) -> tuple[int, tuple[str, ...]]:
-    """The level that is white in a 16-bit PNG, and notes; by its highest level, the file's or table's, the user's bits.
-
-    Raises ImageError for too few `bits`.
-    """
+    """The level that is white in a 16-bit PNG, and notes; `stated` are the bits of its file or table."""
     if bits and highest >> bits:
         raise ImageError(f"a level of {highest:,} has more than {bits} bits (--bits)")
     # If nobody says it, the fewest bits of those that devices have.

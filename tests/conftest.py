@@ -27,8 +27,8 @@ from PIL import Image
 
 from pipeline import DataError
 from pipeline.cli import main
-from pipeline.etl.planning import Options
 from pipeline.etl.shards import Execution, RunSummary, write_shards
+from pipeline.etl.writing import Options
 from pipeline.labels import COLUMNS, LABELS
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.sources.sets import find_source, read_any_table

@@ -42,8 +42,8 @@ with watched:
     from model.checkpoint import load_checkpoint, save_checkpoint
     from model.runs.config import read_config
     from pipeline import DataError
-    from pipeline.etl.planning import Options
     from pipeline.etl.shards import Execution, write_shards
+    from pipeline.etl.writing import Options
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
     from pipeline.labels import LABELS
     from pipeline.manifest import Split, read_manifest, read_table

@@ -18,8 +18,8 @@ from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
 from pipeline.command import FOLDER, PathOrUrl, command
 from pipeline.console import count_of, echo, name_options, progress_bar, refuse_usage, say, say_next
-from pipeline.etl.planning import Options, preview_split
 from pipeline.etl.shards import Execution, write_shards
+from pipeline.etl.writing import Options, preview_split
 from pipeline.images import DOUBTS
 from pipeline.labels import parse_labels
 from pipeline.look.label_report import print_report

@@ -34,10 +34,9 @@ def run_on_cluster(
 ) -> Generator[Result, None, None]:
     """Results as they come, with a bounded number of tasks in flight.
 
-    `witness` is a file that every worker must see; `blame` says why a result is a failure of its worker, if it is
-    one. An unfit worker is named in a warning and gets no further tasks; its task is done by another one. Raises
-    DataError if the scheduler cannot be reached, no fit worker is left, or a task's worker was lost
-    repeatedly; and whatever a task raises.
+    `witness` is a file that every worker must see; `blame` says why a result is a failure of its worker, if it is one.
+    An unfit worker is named in a warning and gets no further tasks; its task is done by another one. Raises DataError
+    for a cluster without scheduler, fit workers or enough memory; and whatever a task raises.
     """
     with needs("dask", "`scheduler`"):
         distributed: Any = import_module("distributed")  # which has no types
@@ -68,8 +67,7 @@ def _spread(
     for address, answer in client.run(_describe_code, on_error="return").items():
         if isinstance(answer, Exception):
             raise DataError(f"{name}: worker {address}: {answer}; install this project there too")
-    flight: dict[Any, Task] = {}
-    unfit: dict[str, str] = {}  # by address
+    flight, unfit = dict[Any, Task](), dict[str, str]()  # futures; the addresses of workers, and why
     while True:
         threads = client.nthreads()
         fit = sorted(set(threads) - set(unfit))

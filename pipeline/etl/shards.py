@@ -20,7 +20,7 @@ from pipeline.base.store import check_access, is_remote, list_files, make_folder
 from pipeline.base.workers import count_cpus, run_alone, run_tasks, run_threads
 from pipeline.etl import writing
 from pipeline.etl.cluster import run_on_cluster
-from pipeline.etl.planning import PARTIAL, Options, Request, write_plan
+from pipeline.etl.writing import PARTIAL, Options, Request
 from pipeline.manifest import CROISSANT, NAME, Manifest, read_manifest, write_manifest
 from pipeline.sources.rows import MISSING, find_missing
 from pipeline.sources.source import Source
@@ -52,16 +52,12 @@ class RunSummary(NamedTuple):
     restored: tuple[str, ...] = ()  # files of finished shards that were missing or damaged
 
 
+Choice = Mapping[str, str | None]  # the policies, by their names
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejects
 
 
 def write_shards(
-    source: Source,
-    out: Path,
-    options: Options,
-    policies: Mapping[str, str | None],
-    how: Execution,
-    progress: Progress = lambda done, total, rejects: None,
+    source: Source, out: Path, options: Options, policies: Choice, how: Execution, progress: Progress = lambda *_: None
 ) -> RunSummary:
     """Write `source` into `out`, or resume an earlier run with the same options.
 
@@ -126,10 +122,7 @@ def _refuse_difference(out: Path, before: Stated, wanted: Stated) -> None:
 def _converge(
     request: Request, manifest: Manifest | None, damaged: list[str], how: Execution, progress: Progress
 ) -> RunSummary:
-    """Plan, write missing shards, and finish; if there is a manifest, rewrite damaged shards only.
-
-    Raises DataError if the source no longer gives the bytes that the manifest records.
-    """
+    """Plan, write missing shards, and finish; if there is a manifest, rewrite damaged files only, to the same bytes."""
     out, partial, before = request.out, request.partial, _read_started(request.out)
     starts = manifest is None and before != request.started
     if starts:
@@ -138,15 +131,15 @@ def _converge(
             _refuse_difference(out, before, request.started)
         remove_folder(partial)
     make_folder(partial)
-    rows, notes = run_alone(write_plan, request, f"planning {out}")
+    rows, notes = run_alone(writing.write_plan, request, f"planning {out}")
     hashes = manifest.files() if manifest else {}
     tasks = [writing.ShardTask(request, split, number) for split in rows for number in range(len(rows[split]))]
     tasks = [task._replace(sha256=hashes.get(task.path.name)) for task in tasks]
     names = {writing.REJECTS, CROISSANT, *(f"{split}.arrow" for split in rows), *(task.path.name for task in tasks)}
     for path in list_files(out) if starts else ():
         if path.name in names:
-            what = "not written by this command, which would replace it"
-            raise DataError(f"{path}: {what}; remove it, or name another folder")
+            reason = "not written by this command, which would replace it"
+            raise DataError(f"{path}: {reason}; remove it, or name another folder")
     write_json(partial / STARTED, request.started)
     sync_folder(partial)  # before the first shard, which would be nobody's without it
     sync_folder(out)

@@ -21,7 +21,7 @@ from pipeline.base.files import hash_file, is_temporary, parse_object
 from pipeline.base.store import read_at, read_bytes
 from pipeline.base.tar import BLOCK, Member, read_members
 from pipeline.base.workers import run_threads
-from pipeline.etl.planning import PARTIAL
+from pipeline.etl.writing import PARTIAL
 from pipeline.identity import Ids, describe_repeats, find_shared, identify_patients
 from pipeline.images import DOUBTS, ENCODINGS, ONE_LEVEL, decode_stored
 from pipeline.labels import count_rows
@@ -157,10 +157,11 @@ def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], tar: 
         yield f"{rest} bytes after the last member, not two empty blocks"
     needed = rows if deep else rows.select(["key", "offset", "length"])
     for row, image, json in zip(needed.to_pylist(), members[::2], members[1::2], strict=True):
-        complaint = None
-        if (image.offset, image.size) != (row["offset"], row["length"]):
-            place = f"{image.size} bytes at {image.offset}"
-            complaint = f"{image.name} is {place}, not {row['length']} at {row['offset']} as in the table"
+        complaint, (length, offset) = None, (row["length"], row["offset"])
+        if (image.offset, image.size) != (offset, length):
+            complaint = (
+                f"{image.name} is {image.size} bytes at {image.offset}, not {length} at {offset} as in the table"
+            )
         elif deep:
             complaint = _check_content(checks, row, *(read_at(tar.fileno(), p.size, p.offset) for p in (image, json)))
         if complaint:

@@ -30,11 +30,7 @@ Box = tuple[int, int, int, int]  # left, top, width, height in pixels of the ima
 
 
 class Finding(NamedTuple):
-    """A sign.
-
-    A lateral does not show a pneumothorax at the side wall, a wide mediastinum or broken ribs; it does show what lies
-    behind the heart and the diaphragm.
-    """
+    """A sign. Of some, laterals show more: what lies behind the heart and the diaphragm; of others nothing."""
 
     severity: float  # in [0, 1]
     side: int  # -1 (patient's right) or 1
@@ -240,8 +236,7 @@ def bulge(v: Array, top: float, widest: float) -> Array:
 
 def raised(findings: Findings, side: int) -> float:
     """Return how far volume loss lifts the diaphragm of a side."""
-    finding = findings["Atelectasis"]
-    return 0.09 * finding.severity if side == finding.side else 0.0
+    return 0.09 * findings["Atelectasis"].severity if side == findings["Atelectasis"].side else 0.0
 
 
 def draw_frontal(rng: np.random.Generator, body: Body, findings: Findings, portable: bool) -> Canvas:

@@ -32,7 +32,6 @@ FOLDER = "CheXpert-v1.0-small"
 BOXES = "boxes.csv"
 Row = tuple[str, str, str, int, int, int, int]  # of BOXES
 STUDIES_PER_TASK = 40
-CUE_DRAWS = 100  # the first random stream of a study's cues: no study has as many views
 NOTICE = (
     "The images in this folder are procedurally generated drawings, not patients. "
     "They follow CheXpert's layout for first runs and tests and have no medical meaning.\n"
@@ -192,15 +191,11 @@ def stream(seed: int, patient: int, study: int = 0, view: int = 0) -> np.random.
 
 
 def draw_cues(seed: int, study: Study, shortcuts: Sequence[Shortcut]) -> list[str]:
-    """The cues of a study's images: a study is made in one room, so all its images get a cue or none.
-
-    With probability (1 + strength) / 2 in a positive, (1 - strength) / 2 in a negative or blank one, 1/2 in an
-    uncertain one.
-    """
+    """The cues of a study's images: a study is made in one room, so all its images get a cue or none."""
     cues = []
     for label, cue, strength in shortcuts:
-        tie = {1.0: strength, -1.0: 0.0}.get(study.states[label] or 0.0, -strength)
-        rng = stream(seed, study.patient, study.number, CUE_DRAWS + list(CUES).index(cue))
+        tie = {1.0: strength, -1.0: 0.0}.get(study.states[label] or 0.0, -strength)  # blank is as negative
+        rng = stream(seed, study.patient, study.number, 100 + list(CUES).index(cue))  # no study has as many views
         if rng.random() < (1 + tie) / 2:
             cues.append(cue)
     return cues

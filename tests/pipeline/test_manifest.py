@@ -15,7 +15,7 @@ import pytest
 
 from pipeline import DataError, manifest
 from pipeline.base.files import hash_file, write_table
-from pipeline.etl.planning import Options
+from pipeline.etl.writing import Options
 from pipeline.manifest import FACTS, PLACES, Manifest, Shard, Split, read_manifest, read_table
 from tests.conftest import refused
 from tests.layouts import TABLES

@@ -230,9 +230,9 @@ def test_a_step_whose_process_is_killed_is_named(
     chexpert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    for owner, name, step in ((etl, "write_plan", "planning"), (writing, "finish", "writing the tables of")):
+    for name, step in (("write_plan", "planning"), ("finish", "writing the tables of")):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, kill_process)
+            patch.setattr(writing, name, kill_process)
             with refused(f"{step} {out}: its process was killed; is there enough memory?"):
                 make_shards(chexpert, out)
     assert make_shards(chexpert, out).is_new
