@@ -282,15 +282,13 @@ def _apply_voi(dicom: "Dataset", table: "Dataset | None", measured: Measured, se
     if function == "LINEAR":
         center, width = center - 0.5, width - 1
     edge = center - width / 2
-    inside = (measured - edge) / (width or 1)
-    return np.where(measured <= edge, 0, np.where(measured > edge + width, 1, inside))
+    return np.where(measured <= edge, 0, np.where(measured > edge + width, 1, (measured - edge) / (width or 1)))
 
 
 def _apply_table(dicom: "Dataset", table: "Dataset", levels: Levels | Measured, seen: Bools) -> tuple[Measured, int]:
     """A table's entries at the levels (C.11.1.1, C.11.2.1.1), and the highest that its bits can have."""
     count, first, bits = (int(number) for number in table.LUTDescriptor)
-    count = count & 0xFFFF or 2**16
-    data = table.LUTData
+    count, data = count & 0xFFFF or 2**16, table.LUTData
     if not isinstance(data, bytes):
         data = (np.atleast_1d(data) & 0xFFFF).astype("<u2").tobytes()
     elif table["LUTData"].VR == "OW" and not dicom.original_encoding[1]:

@@ -137,9 +137,8 @@ def _check_shard(checks: _Checks, task: tuple[Shard, pa.Table | None]) -> list[s
         return [f"{path}: cannot be read: {error.strerror}"]
     except DataError as error:
         return [str(error)]
-    if not complaints and not is_intact:
-        complaints = ["damaged: its sha256 is not the manifest's"]
-    return [f"{path}: {complaint}" for complaint in complaints]
+    unexplained = [] if is_intact else ["damaged: its sha256 is not the manifest's"]
+    return [f"{path}: {complaint}" for complaint in complaints or unexplained]
 
 
 def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], tar: BinaryIO, deep: bool) -> Iterator[str]:

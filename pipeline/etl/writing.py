@@ -34,6 +34,7 @@ from pipeline.sources.source import Source
 PARTIAL = ".partial"  # inside the output folder, until the run is finished
 REJECTS = "rejects.csv"
 RECORD = b"record"  # in the metadata of a table
+BY_FILE = "as the file says, else by its levels"
 CHANGED = "the source no longer gives the bytes of these shards; remove the folder, or name another"
 
 
@@ -62,10 +63,7 @@ class Options:
     seed: int = option(0, "Decides the dev patients and the order.", low=0)
     limit: int | None = option(None, "Most images per split; whole patients, at least one.", low=1)
     samples_per_shard: int = option(1000, low=1)
-    bits: int | None = option(
-        None, "How many bits of a 16-bit PNG hold the picture.", low=8, high=16,
-        shown="as the file says, else by its levels",
-    )  # fmt: skip
+    bits: int | None = option(None, "How many bits of a 16-bit PNG hold the picture.", low=8, high=16, shown=BY_FILE)
 
     @property
     def image(self) -> ImageOptions:
@@ -228,10 +226,9 @@ def find_record(task: ShardTask) -> ShardRecord | None:
 
 def is_intact(path: Path, sha256: str) -> bool:
     """Whether a file exists, can be read, and has this hash."""
-    try:
+    with suppress(OSError):
         return path.is_file() and files.hash_file(path) == sha256
-    except OSError:
-        return False
+    return False
 
 
 def _write_tar(task: ShardTask, file: BinaryIO) -> tuple[ShardRecord, pa.Table]:

@@ -1,10 +1,9 @@
 """Anatomy and findings → one synthetic chest X-ray.
 
 An image's density is that of tissue, lower where there is air and higher where there is bone. Each finding is a
-function that changes these layers in place, in proportion to its severity.
-
-Positions are three-dimensional, so that a study's frontal and lateral views show the same sign. Lengths are in units
-of the image's shorter side: x from the midline to the side, y downward, z from front to back.
+function that changes these layers in place, in proportion to its severity. Positions are three-dimensional, so that a
+study's frontal and lateral views show the same sign. Lengths are in units of the image's shorter side: x from the
+midline to the side, y downward, z from front to back.
 """
 
 import copy
@@ -139,9 +138,8 @@ def draw_image(
     change, and one box for a large heart or mediastinum, whose change is a rim; none if the sign is invisible.
     """
     visible = [label for label, finding in findings.items() if finding.severity >= VISIBLE]
-    draw_anatomy = draw_frontal
+    draw_anatomy = draw_lateral if kind == "lateral" else draw_frontal
     if kind == "lateral":
-        draw_anatomy = draw_lateral
         severities = {label: min(1.0, finding.lateral * finding.severity) for label, finding in findings.items()}
         findings = {label: finding._replace(severity=severities[label]) for label, finding in findings.items()}
     low, high = (0.35, 0.155, 0.04, 0.073, -0.15, 0.3), (0.4, 0.175, 0.16, 0.085, 0.15, 1.0)
@@ -175,8 +173,8 @@ def draw_image(
         if label in changes:
             seen = cv2.dilate((changes[label] >= SEEN).astype(np.uint8), np.ones((5, 5), np.uint8))  # with some room
             parts = cv2.connectedComponentsWithStats(seen)[2][1:, :4].tolist()
-            found = parts if label in SIGNS else [cv2.boundingRect(seen)]
-            boxes[label] = [(ZOOM * x, ZOOM * y, ZOOM * w, ZOOM * h) for x, y, w, h in found if w]
+            places = parts if label in SIGNS else [cv2.boundingRect(seen)]
+            boxes[label] = [(ZOOM * x, ZOOM * y, ZOOM * w, ZOOM * h) for x, y, w, h in places if w]
     return expose(canvas, rng), boxes
 
 

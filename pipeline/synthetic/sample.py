@@ -29,8 +29,7 @@ from pipeline.labels import COLUMNS, LABELS, find_label
 from pipeline.synthetic.anatomy import VISIBLE, Array, Finding, Findings, Gray, draw_image
 
 FOLDER = "CheXpert-v1.0-small"
-BOXES = "boxes.csv"
-Row = tuple[str, str, str, int, int, int, int]  # of BOXES
+Row = tuple[str, str, str, int, int, int, int]  # of boxes.csv
 STUDIES_PER_TASK = 40
 NOTICE = (
     "The images in this folder are procedurally generated drawings, not patients. "
@@ -43,8 +42,7 @@ COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 # How often reports give each state, in shares of frontals (the rest is blank), of which Lung Opacity's positive one is
 # for haze with no other cause; the share of uncertain findings that are really there; `lateral` as in Finding; loads on
 # the factors congestion, infection and care; corners of the box that holds the sign's place.
-_ROWS = [list(row.values()) for row in read_data(Path(__file__).parent, "latent.csv")]
-FINDINGS = {label: [float(cell) for cell in cells] for label, *cells in _ROWS}
+FINDINGS = {row.pop("label"): [*map(float, row.values())] for row in read_data(Path(__file__).parent, "latent.csv")}
 OPACITIES = ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Lung Lesion")
 
 
@@ -99,12 +97,11 @@ def write_sample(
     Beside it, boxes.csv locates the signs that a radiologist would call present, in pixels. `laterals` is the share of
     studies that have a lateral too; None approximates the real set's share. It changes no frontal or label, but more
     laterals make fewer studies of as many images. `valid` is the share of images in valid.csv. `shortcuts` are drawn
-    into the images of train.csv alone: a network that learns them fails on valid.
+    into the images of train.csv alone: a network that learns them fails on valid. `progress` gets (images done, total).
 
     The bytes depend only on these options, seed from 0 to 2^63-1, not on the number of `workers`, which are processes
-    (a script must call this under `if __name__ == "__main__"`). `progress` gets (images done, total). Raises
-    FileExistsError if the folder exists, ValueError if images < 1, DataError, naming the file, if one cannot be
-    written. The folder appears only when complete.
+    (a script must call this under `if __name__ == "__main__"`). The folder appears only when complete. Raises
+    FileExistsError if it exists, ValueError if images < 1, DataError, naming the file, if one cannot be written.
     """
     final, partial = out / FOLDER, out / f".{FOLDER}.tmp"
     if images < 1:
@@ -135,7 +132,7 @@ def write_sample(
         boxes += rows
         done += written
         progress(done, images)
-    write_csv(out / BOXES, [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
+    write_csv(out / "boxes.csv", [("split", "key", "label", "x", "y", "w", "h"), *sorted(boxes)])
     return partial.rename(final)
 
 
@@ -159,7 +156,7 @@ def list_images(studies: list[Study]) -> Iterator[tuple[Study, int, str]]:
 
 
 def write_studies(task: DrawTask) -> tuple[int, list[Row]]:
-    """Draw and write all images of some studies of one split, with the cues; their number, and rows of BOXES."""
+    """Draw and write all images of some studies of one split, with the cues; their number, and rows of boxes.csv."""
     folder, seed, studies, shortcuts = task
     # Freeing a large block raises glibc's trim threshold; otherwise every temporary array faults in fresh pages.
     np.empty(24 << 20, np.uint8)
