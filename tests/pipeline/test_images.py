@@ -77,8 +77,7 @@ def test_original_jpeg_keeps_its_coefficients_and_loses_its_metadata(gray: Image
     assert source.count(SECRET) == 37
     stored, pixels, stripped, *_ = prepare(source, ORIGINAL)
     assert stripped
-    assert stored == encode(gray, progressive=progressive)  # to the byte: nothing else was lost
-    np.testing.assert_array_equal(decode(stored), decode(source))
+    assert stored == encode(gray, progressive=progressive)  # nothing else was lost
     np.testing.assert_array_equal(pixels, decode_stored(stored, "jpeg"))
     assert prepare(stored, ORIGINAL)[0:3:2] == (stored, False)
     assert strip_metadata(stored) == stored
@@ -121,12 +120,10 @@ def test_raw_is_a_view_of_a_npy_file_and_strict(gray: Image.Image) -> None:
         np.save(file := io.BytesIO(), array)
         return file.getvalue()
 
-    strange = (save(pixels.astype(np.int16)), save(pixels[None]), save(np.asfortranarray(pixels)))
+    strange = [save(pixels.astype(np.int16)), save(pixels[None]), save(np.asfortranarray(pixels))]
+    strange += [stored[:8] + b"\0" + stored[9:]]
     for damaged, message in (
-        *(
-            (data, "not a .npy file of gray pixels, uint8 [H, W]")
-            for data in (*strange, stored[:8] + b"\0" + stored[9:])
-        ),
+        *((data, "not a .npy file of gray pixels, uint8 [H, W]") for data in strange),
         *((save(np.zeros(shape, np.uint8)), "an image without pixels") for shape in ((0, 1), (1, 0))),
         (stored[:-1], "31999 bytes of pixels, not 160×200"),
         (stored + b"x", "32001 bytes of pixels, not 160×200"),
@@ -203,7 +200,8 @@ def test_png_levels() -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_an_exif_orientation_is_applied(kind: str) -> None:
     levels = np.arange(0, 240, 10).astype(np.uint8).reshape(4, 6).repeat(8, 0).repeat(8, 1)
-    turns = {2: levels[:, ::-1], 3: levels[::-1, ::-1], 6: levels[::-1].T, 8: levels.T[::-1]}
+    turns = {2: levels[:, ::-1], 3: levels[::-1, ::-1], 4: levels[::-1], 5: levels.T}
+    turns |= {6: levels[::-1].T, 7: levels[::-1, ::-1].T, 8: levels.T[::-1], 9: levels}
     for orientation, expected in turns.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -242,12 +240,11 @@ def test_unreadable_data_says_why(gray: Image.Image) -> None:
     bare = palette[:start] + palette[start + 12 + int.from_bytes(palette[start : start + 4]) :]
     transparent = make_png(b"\0" * 4, 1, 1, 8, 2, chunk(b"tRNS", b"\0\7"))
     several = {"save_all": True, "append_images": [gray.rotate(180)]}
+    unknown = "not a readable JPEG, PNG or DICOM: cannot identify image file"
     for data, message in (
         (b"", "the file is empty"),
-        *(
-            (data, "not a readable JPEG, PNG or DICOM: cannot identify image file")
-            for data in (b"\0" * 4096, b"GIF89a")
-        ),
+        (b"\0" * 4096, unknown),
+        (b"GIF89a, not supported", unknown),
         (b"\xff\xd8\xff\xe0 nothing", "not a readable JPEG: "),
         (head, "not a readable PNG: the file ends early"),
         (head + chunk(b"IEND", b""), "not a readable PNG: it does not start with its header"),
@@ -367,10 +364,8 @@ def test_alpha_of_0_everywhere_is_ignored(gray: Image.Image) -> None:
         np.testing.assert_array_equal(prepare(data, ORIGINAL).pixels, np.asarray(gray))
 
 
-@pytest.mark.parametrize("size", [None, 320])
-def test_an_image_too_long_for_a_jpeg_is_refused_by_reason(size: int | None) -> None:
-    data = encode_png(Image.new("L", (70_000, 20)))
-    options = ORIGINAL._replace(size=size, max_pixels=2_000_000)
+def test_an_image_too_long_for_a_jpeg_is_refused_by_reason() -> None:
+    data, options = encode_png(Image.new("L", (70_000, 20))), ORIGINAL._replace(max_pixels=2_000_000)
     most = "a side has at most 65,500 pixels (--encoding png or raw has no such limit)"
     with refused(f"70000×20 does not fit into a JPEG: {most}", ImageError):
         prepare(data, options)

@@ -1,7 +1,4 @@
-"""The synthetic data set: CheXpert's layout and quirks, the same bytes anywhere, signs that show.
-
-Cues are tied to a label as often as their strength says, in train alone, and change nothing else.
-"""
+"""The synthetic data set: CheXpert's layout and quirks, the same bytes anywhere, signs and cues that show."""
 
 import csv
 import errno
