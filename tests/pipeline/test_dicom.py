@@ -367,10 +367,13 @@ def test_without_pydicom_the_command_says_what_to_install(monkeypatch: pytest.Mo
 
 def secrets(path: Path) -> Iterator[bytes]:
     """The values of four or more characters of tags that may tell of a patient; six if a hash may hold them, too."""
-    with warnings.catch_warnings(), suppress(Exception):  # of files without any tag
+    elements: list[Any] = []
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = dcmread(path, force=True)
-        for element in [*image.file_meta, *image.iterall()]:
+        with suppress(Exception):  # of files without any tag
+            image = dcmread(path, force=True)
+            elements = [*image.file_meta, *image.iterall()]
+        for element in elements:
             if element.VR in ("PN", "DA", "LO", "SH", "UI"):
                 texts = map(str, element.value if element.VM > 1 else [element.value])
                 yield from (t.encode() for t in texts if len(t) >= (6 if set(t) <= set(hexdigits) else 4))
