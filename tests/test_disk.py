@@ -282,12 +282,12 @@ def lose_power(folder: Path, work: Callable[[], Any], most: int = 10**9) -> Iter
 @pytest.mark.parametrize("begun", [False, True])
 def test_shards_survive_a_loss_of_power(source: Path, tmp_path: Path, begun: bool, survived: Survived) -> None:
     """While they are written, and while some are restored."""
-    whole, out = tmp_path / "whole", tmp_path / "out" / "shards"
-    make_shards(source, whole, OPTIONS)
-    expected, arrays = hashes(whole), [array.tobytes() for array in read_train(whole, 0)]
+    undisturbed, out = tmp_path / "whole", tmp_path / "out" / "shards"
+    make_shards(source, undisturbed, OPTIONS)
+    expected, arrays = hashes(undisturbed), [array.tobytes() for array in read_train(undisturbed, 0)]
     out.mkdir(parents=True)
     if begun:
-        shutil.copytree(whole, out, dirs_exist_ok=True)
+        shutil.copytree(undisturbed, out, dirs_exist_ok=True)
         (out / "train-000000.tar").unlink()
         (out / "train.arrow").write_bytes(b"")
     for _ in lose_power(out, lambda: make_shards(source, out, OPTIONS)):
@@ -311,15 +311,15 @@ def test_a_checkpoint_survives_a_loss_of_power(tmp_path: Path, survived: Survive
 
 @pytest.mark.soak
 def test_a_run_survives_a_loss_of_power(sample_shards: Shards, tmp_path: Path, survived: Survived) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "home" / "run"
+    undisturbed, run = tmp_path / "whole", tmp_path / "home" / "run"
     words = ("train", "--shards", sample_shards[0], *WORDS, "--epochs", 2, "--eval-every", 4, "--ema", 0.5, "--run")
     run.mkdir(parents=True)
     with narrow_networks():
-        call_train(*words, whole)
+        call_train(*words, undisturbed)
         for number in lose_power(run, lambda: call_train(*words, run), most=40):
             print(number, sorted(path.name for path in run.iterdir()))
             call_train(*words, run)
-            assert_same_run(run, whole)
+            assert_same_run(run, undisturbed)
             survived("loss of power in train.py")
 
 

@@ -166,10 +166,10 @@ def test_a_cluster_that_cannot_work_is_named(
 ) -> None:
     worker = start("worker", scheduler)
     assert sorted(run_on_cluster(len, ["a", "bcd"], scheduler, witness)) == [1, 3]
-    here_alone = Path("/proc/self/cmdline")  # which is another one in every process
+    unshared = Path("/proc/self/cmdline")  # which is another one in every process
     unseen = r"^`scheduler` tcp://.*: no fit worker is left: worker tcp://\S+ does not see /proc/self$"
     with pytest.raises(DataError, match=unseen):
-        list(run_on_cluster(len, ["a"], scheduler, here_alone))
+        list(run_on_cluster(len, ["a"], scheduler, unshared))
     worker.kill()
     monkeypatch.setattr("pipeline.etl.cluster.CONNECT_SECONDS", 0.5)
     with pytest.raises(DataError, match=r"^`scheduler` tcp://127.0.0.1:9: cannot be reached: "):

@@ -134,8 +134,8 @@ class Folder(RuleBasedStateMachine):
         damaged = self.damaged
         with suppress(DataError):
             expected = read_train(self.home / str(self.finished or 0), step)
-            for ours, theirs in zip(read_train(self.out, step), expected, strict=True):
-                np.testing.assert_array_equal(ours, theirs)
+            for array, wanted in zip(read_train(self.out, step), expected, strict=True):
+                np.testing.assert_array_equal(array, wanted)
             return
         assert damaged
 
