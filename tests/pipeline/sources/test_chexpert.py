@@ -36,45 +36,22 @@ def test_the_folder_its_parent_and_any_name(chexpert: Path, tmp_path: Path) -> N
     assert [len(files) for files in files_of(renamed).values()] == [48, 12]
 
 
-def test_a_half_drawn_sample_is_no_data_set(chexpert: Path, tmp_path: Path) -> None:
-    expected = files_of(chexpert)
-    half = shutil.copytree(chexpert, tmp_path / ".CheXpert-v1.0-small.tmp")
-    assert files_of(tmp_path) == expected
-    shutil.rmtree(chexpert)
-    with pytest.raises(DataError, match=rf"^{tmp_path}: no dataset with .*; it holds {re.escape(half.name)}\n"):
-        find_set(tmp_path)
-
-
-def test_gzipped_csvs(chexpert: Path) -> None:
-    expected = files_of(chexpert)
-    for name in ("train.csv", "valid.csv"):
-        (chexpert / f"{name}.gz").write_bytes(gzip.compress((chexpert / name).read_bytes()))
-        (chexpert / name).unlink()
-    assert files_of(chexpert) == expected
-
-
 def test_aimi_batches(chexpert: Path, tmp_path: Path) -> None:
     """CSVs and valid patients in batch 1, train patients spread over the others, without a split folder."""
-    names = ["batch 1 (validate & csv)", "batch 2 (train 1)", "batch 3 (train 2)", "batch 4 (train 3)"]
-    batches = [tmp_path / "aimi" / f"CheXpert-v1.0 {name}" for name in names]
+    names = ("batch 1 (validate & csv)", "batch 2 (train 1)", "batch 3 (train 2)", "batch 4 (train 3)")
+    first, *others = batches = [tmp_path / "aimi" / f"CheXpert-v1.0 {name}" for name in names]
     for batch in batches:
         batch.mkdir(parents=True)
-    for csv in ("train.csv", "valid.csv"):
-        shutil.move(chexpert / csv, batches[0] / csv)
-    for patient in (chexpert / "valid").iterdir():
-        shutil.move(patient, batches[0] / patient.name)
+    for path in (chexpert / "train.csv", chexpert / "valid.csv", *(chexpert / "valid").iterdir()):
+        shutil.move(path, first)
     for number, patient in enumerate(sorted((chexpert / "train").iterdir())):
-        shutil.move(patient, batches[1 + number % 3] / patient.name)
-    expected = {
-        "train": sorted(str(path) for batch in batches[1:] for path in batch.rglob("*.jpg")),
-        "valid": sorted(str(path) for path in batches[0].rglob("*.jpg")),
-    }
-    assert files_of(tmp_path / "aimi") == files_of(batches[0]) == expected
-    # downloaded to different disks: the other folders are named
-    for number, batch in enumerate(batches[1:]):
-        batch.rename(tmp_path / f"disk{number}")
-    disks = [tmp_path / f"disk{number}" for number in range(3)]
-    assert [len(files) for files in files_of(batches[0], *disks).values()] == [48, 12]
+        shutil.move(patient, others[number % 3])
+    train = sorted(str(path) for batch in others for path in batch.rglob("*.jpg"))
+    expected = {"train": train, "valid": sorted(str(path) for path in first.rglob("*.jpg"))}
+    assert files_of(tmp_path / "aimi") == files_of(first) == expected
+    # Downloaded to different disks: the other folders are named.
+    disks = [batch.rename(tmp_path / f"disk{number}") for number, batch in enumerate(others)]
+    assert [len(files) for files in files_of(first, *disks).values()] == [48, 12]
 
 
 def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
@@ -93,13 +70,6 @@ def test_the_test_set_has_paths_and_labels_only(tmp_path: Path) -> None:
     assert run_pipeline("stats", tmp_path / "out", "--split", "test").stdout.startswith("10 images, 10 studies, 5 p")
 
 
-def test_the_folder_that_the_csv_names_wins(chexpert: Path) -> None:
-    shutil.copytree(chexpert / "train" / "patient00001", chexpert / "valid" / "patient00001")
-    files = files_of(chexpert)["train"]
-    assert str(chexpert / "train/patient00001/study1/view1_frontal.jpg") in files
-    assert not [file for file in files if "/valid/" in file]
-
-
 def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
     frame = pd.read_csv(chexpert / "train.csv")
     for name, half in (("mine", frame[:24]), ("holdout", frame[24:])):
@@ -112,16 +82,20 @@ def test_csvs_of_ones_own(chexpert: Path, tmp_path: Path) -> None:
 
 
 def test_folders_without_a_set_are_named(chexpert: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError,
-        match=r" with a df_chexp.* \(CheXpert\); it holds patient00001, patient00002, patient00003, patient00004 and",
+    half = shutil.copytree(chexpert, tmp_path / "half" / ".CheXpert-v1.0-small.tmp")  # of a killed `sample`
+    four = "patient00001, patient00002, patient00003, patient00004"
+    for folder, message in (
+        (chexpert / "train", rf" with a df_chexp.* \(CheXpert\); it holds {four} and"),
+        (tmp_path / "nothing", "nothing: no such folder$"),
+        (half.parent, rf"^{half.parent}: no dataset with .*; it holds {re.escape(half.name)}\n"),
     ):
-        find_set(chexpert / "train")
-    with pytest.raises(DataError, match=r"nothing: no such folder$"):
-        find_set(tmp_path / "nothing")
-    shutil.copytree(chexpert, tmp_path / "second")
-    with pytest.raises(DataError, match=r"CSVs in several folders \(CheXpert-v1.0-small, second\); name one of them"):
-        find_set(tmp_path)
+        with pytest.raises(DataError, match=message):
+            find_set(folder)
+    chexpert.rename(half.parent / "mine")
+    assert files_of(half.parent).keys() == {"train", "valid"}
+    shutil.copytree(half, half.parent / "second")
+    with pytest.raises(DataError, match=r"CSVs in several folders \(mine, second\); name one of them"):
+        find_set(half.parent)
 
 
 def test_folders_that_may_not_be_read_are_passed_over(
@@ -131,30 +105,27 @@ def test_folders_that_may_not_be_read_are_passed_over(
     (tmp_path / "lost+found").mkdir()
     (chexpert / "lost+found").mkdir()
 
-    def refusing(look: Any) -> Any:
-        def refuse(path: Any) -> Any:
-            if "lost+found" in str(path):
-                raise PermissionError(13, "Permission denied", str(path))
-            return look(path)
+    def refuse(look: Any, path: Any) -> Any:
+        if "lost+found" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
 
-        return refuse
-
-    monkeypatch.setattr(Path, "is_file", refusing(Path.is_file))
-    monkeypatch.setattr(os, "scandir", refusing(os.scandir))
+    is_file, scandir = Path.is_file, os.scandir
+    monkeypatch.setattr(Path, "is_file", lambda path: refuse(is_file, path))
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(scandir, path))
     assert files_of(tmp_path) == files_of(chexpert) == expected
 
 
 def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> None:
     missing = chexpert / "train/patient00002/study1/view1_frontal.jpg"
     missing.unlink()
-    dry = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0, "--limit", 10)
-    lines = dry.stdout.splitlines()
-    assert lines[0].startswith(
-        "train        48 rows, 10 kept, dropped: 16 by --views, 22 by --limit; 1 shards, about 0.0 MB"
-    )
+    words = ("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0)
+    lines = run_pipeline(*words, "--limit", 10).stdout.splitlines()
+    dropped = "dropped: 16 by --views, 22 by --limit; 1 shards, about 0.0 MB"
+    assert lines[0].startswith(f"train        48 rows, 10 kept, {dropped}")
     assert lines[-1] == "dry run: nothing was written"
-    whole = run_pipeline("shards", chexpert, tmp_path / "out", "--size", 48, "--dry-run", "--dev", 0, code=1)
-    assert f"       1 images are missing, for example {missing}" in whole.stdout.splitlines()
+    lines = run_pipeline(*words, code=1).stdout.splitlines()
+    assert f"       1 images are missing, for example {missing}" in lines
     assert not (tmp_path / "out").exists()
 
 
@@ -174,26 +145,22 @@ def move_images(chexpert: Path, tmp_path: Path, layout: str) -> tuple[Path, str]
     return root, "" if layout == "no folder in the CSV" else f"{root.name}/{{split}}/"
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "beside, parent given",
-        "beside, folder given",
-        "patients in the folder with a dot",
-        "no folder in the CSV",
-        "JPG",
-    ],
-)
+LAYOUTS = ("beside, parent given", "beside, folder given", "patients in the folder with a dot", "no folder in the CSV")
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "JPG", "gzipped"])
 def test_layouts_that_people_have(chexpert: Path, tmp_path: Path, layout: str) -> None:
     given, above = move_images(chexpert, tmp_path, layout)
     suffix = "JPG" if layout == "JPG" else "jpg"
     for path in [*tmp_path.rglob("view*.jpg")]:
         path.rename(path.with_suffix(f".{suffix}"))
-    for csv in tmp_path.rglob("*.csv"):
+    for csv in [*tmp_path.rglob("*.csv")]:
         text = csv.read_text().replace(f"CheXpert-v1.0-small/{csv.stem}/", above.format(split=csv.stem))
         csv.write_text(text.replace(".jpg", f".{suffix}"))
-    files = files_of(given)
-    assert [len(files[split]) for split in ("train", "valid")] == [48, 12]
+        if layout == "gzipped":
+            csv.with_suffix(".csv.gz").write_bytes(gzip.compress(csv.read_bytes()))
+            csv.unlink()
+    assert [len(files) for files in files_of(given).values()] == [48, 12]
     *_, notes = read_splits(find_source(given, {}, []), **SELECTION)
     assert bool(notes) == (layout == "no folder in the CSV")
 
@@ -205,16 +172,9 @@ def test_images_in_another_folder_than_the_csv_says_are_counted(chexpert: Path, 
     assert files_of(chexpert) == expected
     (train / "patient00003").rename(tmp_path / "gone")
     (train / "patient00004/study1/view1_frontal.jpg").unlink()
-    files = files_of(chexpert)["train"]
-    assert [file for file in files if "/old/" in file] == [
-        str(old / f"patient0000{name}.jpg")
-        for name in (
-            "3/study1/view1_frontal",
-            "3/study1/view2_lateral",
-            "3/study2/view1_frontal",
-            "4/study1/view1_frontal",
-        )
-    ]
+    moved = [f"{old}/patient00003/study{study}" for study in ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")]
+    moved.append(f"{old}/patient00004/study1/view1_frontal")
+    assert [file for file in files_of(chexpert)["train"] if "/old/" in file] == [f"{name}.jpg" for name in moved]
     note = re.compile(
         rf"3 images are in another folder than the CSV says, for example {re.escape(str(old))}/(patient0000[34]\S+) "
         r"for CheXpert-v1\.0-small/train/\1"
@@ -229,10 +189,8 @@ def test_what_is_nowhere_is_missing_where_the_csv_says(chexpert: Path) -> None:
     (chexpert / "old/patient00003").mkdir(parents=True)
     tables, _, notes = read_splits(find_source(chexpert, {}, []), **SELECTION)
     missing = [file for file in tables["train"]["file"].to_pylist() if not Path(file).exists()]
-    assert sorted(missing) == [
-        str(chexpert / f"train/patient00003/study{name}.jpg")
-        for name in ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")
-    ]
+    films = ("1/view1_frontal", "1/view2_lateral", "2/view1_frontal")
+    assert sorted(missing) == [str(chexpert / f"train/patient00003/study{film}.jpg") for film in films]
     assert notes == ()
 
 
@@ -261,29 +219,29 @@ def test_the_bits_of_16_bit_images_are_seen(chexpert: Path, tmp_path: Path) -> N
 
 def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path: Path) -> None:
     for name in ("train.csv", "valid.csv"):
-        frame = pd.read_csv(chexpert / name, dtype=str)
-        frame.assign(Fracture="").to_csv(chexpert / name, index=False)
-    out = tmp_path / "out"
-    words = ("shards", str(chexpert), str(out), "--size", "32", "--workers", "1")
-    run_pipeline(*words)
+        pd.read_csv(chexpert / name, dtype=str).assign(Fracture="").to_csv(chexpert / name, index=False)
+    out, rest = tmp_path / "out", [label for label in LABELS if label != "Fracture"]
+
+    def shard(*options: object, code: int = 0) -> str:
+        shutil.rmtree(out, ignore_errors=True)
+        return run_pipeline("shards", chexpert, out, "--size", 32, "--workers", 1, *options, code=code).stderr
+
+    def count() -> dict[str, dict[str, Any]]:
+        counts: dict[str, dict[str, Any]] = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
+        return counts
+
+    shard()
     assert read_manifest(out).not_annotated == ()  # CheXpert's labeler looked for all 14
-    shutil.rmtree(out)
-    refused = run_pipeline(*words, "--name", "ours", code=1)
-    rest = [label for label in LABELS if label != "Fracture"]
-    assert refused.stderr.startswith("Error: Fracture: blank in every row. ")
-    assert refused.stderr.endswith(f' such as: --annotated "{",".join(rest)}" --blanks not-annotated\n')
-    wrong = run_pipeline(*words, "--name", "ours", "--annotated", "edema", code=1)
-    assert "--annotated: No Finding, " in wrong.stderr
-    assert "'Oedema' is none of No Finding, " in run_pipeline(*words, "--annotated", "Oedema", code=2).stderr
-    run_pipeline(*words, "--name", "ours", "--annotated", ",".join(rest).lower())
-    assert read_manifest(out).not_annotated == ("Fracture",)
-    assert read_manifest(out).options["annotated"] == rest
-    counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
-    assert counts["Fracture"]["not_annotated"] == sum(split.samples for split in read_manifest(out).splits.values())
-    assert counts["Fracture"]["share_positive"] is None
-    assert counts["Edema"]["not_annotated"] == 0
+    stderr = shard("--name", "ours", code=1)
+    assert stderr.startswith("Error: Fracture: blank in every row. ")
+    assert stderr.endswith(f' such as: --annotated "{",".join(rest)}" --blanks not-annotated\n')
+    assert "--annotated: No Finding, " in shard("--name", "ours", "--annotated", "edema", code=1)
+    assert "'Oedema' is none of No Finding, " in shard("--annotated", "Oedema", code=2)
+    shard("--name", "ours", "--annotated", ",".join(rest).lower())
+    manifest, counts = read_manifest(out), count()
+    assert (manifest.not_annotated, manifest.options["annotated"]) == (("Fracture",), rest)
+    assert counts["Fracture"]["not_annotated"] == sum(split.samples for split in manifest.splits.values())
+    assert (counts["Fracture"]["share_positive"], counts["Edema"]["not_annotated"]) == (None, 0)
     assert counts["Edema"]["blank"] > 0
-    shutil.rmtree(out)
-    run_pipeline(*words, "--name", "ours", "--blanks", "not-annotated")
-    counts = json.loads(run_pipeline("stats", out, "--format", "json").stdout)["labels"]
-    assert {label: entry["blank"] for label, entry in counts.items()} == dict.fromkeys(LABELS, 0)
+    shard("--name", "ours", "--blanks", "not-annotated")
+    assert {label: entry["blank"] for label, entry in count().items()} == dict.fromkeys(LABELS, 0)
