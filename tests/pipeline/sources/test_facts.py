@@ -17,7 +17,7 @@ from pipeline.images import Original
 from pipeline.manifest import read_manifest, read_table
 from pipeline.sources.facts import join_facts
 from pipeline.sources.sets import load_tables, read_any_table
-from tests.conftest import refused, run_pipeline
+from tests.conftest import hashes, refused, run_pipeline
 from tests.layouts import SETS, read_cases
 
 RACES = ("White, non-Hispanic", "Black or African American", "Asian - Historical Conv", "Caucasian", "Patient Refused")
@@ -49,35 +49,25 @@ def make(chexpert: Path, out: Path, *arguments: object) -> str:
 
 
 def test_a_workbook_is_joined_as_pandas_merges_it(chexpert: Path, tmp_path: Path) -> None:
-    pytest.importorskip("openpyxl")
-    frame, book = demographics(17), tmp_path / "CHEXPERT DEMO.xlsx"
+    frame, book, out = demographics(17), tmp_path / "CHEXPERT DEMO.xlsx", tmp_path / "one"
     frame.to_excel(book, index=False)
-    said = make(chexpert, tmp_path / "one", "--facts", book, "--workers", 1)
-    assert "CHEXPERT DEMO.xlsx: 3 of 20 patients have no row, such as patient00018\n" in said
+    stdout = make(chexpert, out, "--facts", book, "--workers", 1)
+    assert "CHEXPERT DEMO.xlsx: 3 of 20 patients have no row, such as patient00018\n" in stdout
     make(chexpert, tmp_path / "two", "--facts", book, "--workers", 2)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-
-    manifest = read_manifest(tmp_path / "one")
-    assert manifest.facts == {
-        "age_at_cxr": "int64",
-        "primary_race": "string",
-        "zip_code": "string",
-        "race": "string",
-    } | dict.fromkeys(Original._fields, "int64")
+    assert hashes(out) == hashes(tmp_path / "two")
+    manifest, table = read_manifest(out), read_frame(out)
+    kinds = {"age_at_cxr": "int64", "primary_race": "string", "zip_code": "string", "race": "string"}
+    assert manifest.facts == kinds | dict.fromkeys(Original._fields, "int64")
     assert manifest.sources["facts-1"] == hash_file(book)
-    found = read_frame(tmp_path / "one")
     frame["race"] = frame["PRIMARY_RACE"].str.split(r"\W").str[0].map(GROUPS)
-    merged = found[["key", "patient"]].merge(frame, "left", left_on="patient", right_on="PATIENT")
-    for ours, theirs in zip(manifest.facts, ("AGE_AT_CXR", "PRIMARY_RACE", "Zip code", "race"), strict=False):
-        expected = merged[theirs].astype(object).where(merged[theirs].notna(), None)
-        assert found[ours].astype(object).where(found[ours].notna(), None).tolist() == expected.tolist(), ours
-
+    merged = table[["key", "patient"]].merge(frame, "left", left_on="patient", right_on="PATIENT")
+    for ours, name in zip(kinds, ("AGE_AT_CXR", "PRIMARY_RACE", "Zip code", "race"), strict=True):
+        columns = [column.astype(object).fillna("").tolist() for column in (table[ours], merged[name])]
+        assert columns[0] == columns[1], ours
     # A file with other bytes is noticed like another CSV.
     frame.iloc[::-1].to_excel(book, index=False)
-    assert "holds other shards: the file facts-1 differs; remove it, or name another folder" in make(
-        chexpert, tmp_path / "one", "--facts", book
-    )
+    differs = "holds other shards: the file facts-1 differs; remove it, or name another folder"
+    assert differs in make(chexpert, out, "--facts", book)
     book.write_bytes(book.read_bytes()[:500])
     assert f"{book}: not a readable XLSX: " in make(chexpert, tmp_path / "out", "--facts", book)
 
@@ -90,9 +80,8 @@ def test_a_workbook_of_empty_or_equal_cells_takes_no_memory(
     for cell in cells:
         book.active[cell] = "patient" if len(cells) == 3 else "x" * 32_000
     book.save(tmp_path / "bomb.xlsx")
-    with pytest.raises(
-        DataError, match=r"bomb.xlsx: its \d+,\d+ bytes expand to \d\d,\d+,\d+ or more, as no table does"
-    ):
+    claim = r"bomb.xlsx: its \d+,\d+ bytes expand to \d\d,\d+,\d+ or more, as no table does"
+    with pytest.raises(DataError, match=claim):
         load_tables([chexpert], None, "all", [tmp_path / "bomb.xlsx"])
 
 
@@ -106,21 +95,19 @@ def test_a_missing_package_is_named(chexpert: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("key", ["key", "patient and study", "number"])
 def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, key: str) -> None:
-    whole = load_tables([chexpert], None, "all").select(["patient", "study"]).to_pandas().drop_duplicates()
-    whole["value"] = np.arange(len(whole))
-    by = ["patient", "study"]
-    theirs = whole.rename(columns={"patient": "Patient ID", "study": "Study"})
-    if key == "key":
-        theirs = whole.assign(key=whole["patient"] + "_study" + whole["study"].astype(str) + "_view1_frontal")[
-            ["key", "value"]
-        ]
-    elif key == "number":
-        by, whole = ["patient"], whole.drop_duplicates("patient")
-        theirs = whole.assign(subject_id=whole["patient"].str[-5:].astype(int))[["subject_id", "value"]]
-    theirs.sample(frac=1, random_state=0).to_csv(tmp_path / "facts.csv", index=False)
-    found = load_tables([chexpert], None, "frontal", [tmp_path / "facts.csv"]).to_pandas()
-    expected = found[["patient", "study"]].merge(whole, "left", on=by)
-    assert found["value"].tolist() == expected["value"].tolist()
+    studies = load_tables([chexpert], None, "all").select(["patient", "study"]).to_pandas().drop_duplicates()
+    if key == "number":
+        studies = studies.drop_duplicates("patient").drop(columns="study")
+    studies["value"] = np.arange(len(studies))
+    names, number = studies["patient"] + "_study", studies["patient"].str[-5:].astype(int)
+    file = {
+        "patient and study": lambda: studies.rename(columns={"patient": "Patient ID", "study": "Study"}),
+        "key": lambda: studies[["value"]].assign(key=names + studies["study"].astype(str) + "_view1_frontal"),
+        "number": lambda: studies[["value"]].assign(subject_id=number),
+    }[key]()
+    file.sample(frac=1, random_state=0).to_csv(tmp_path / "facts.csv", index=False)
+    table = load_tables([chexpert], None, "frontal", [tmp_path / "facts.csv"]).to_pandas()
+    assert table["value"].tolist() == table[["patient", "study"]].merge(studies, "left")["value"].tolist()
 
 
 def test_a_study_s_number_is_a_key_if_no_two_patients_share_it(tmp_path: Path) -> None:
@@ -144,19 +131,17 @@ def test_rows_that_agree_may_be_repeated_and_files_add_up(chexpert: Path, tmp_pa
     (tmp_path / "a.csv").write_text("patient,race,n\npatient00001,White,1.0\npatient00001,White,1.0\n,,\n")
     (tmp_path / "b.csv").write_text("patient,primary_race,insurance\npatient00002,Asian,\n")
     notes: list[str] = []
-    tables = join_facts(
-        {"all": read_any_table(chexpert / "train.csv")}, [tmp_path / "a.csv", tmp_path / "b.csv"], notes.append
-    )
-    first = {row["patient"]: row for row in tables["all"].to_pylist()}
-    assert [first["patient00001"][name] for name in ("race", "n", "primary_race")] == ["White", 1, None]
-    assert [first["patient00002"][name] for name in ("race", "n", "primary_race")] == [None, None, "Asian"]
+    files = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    tables = join_facts({"all": read_any_table(chexpert / "train.csv")}, files, notes.append)
+    rows = {row["patient"]: row for row in tables["all"].to_pylist()}
+    facts = [[rows[f"patient0000{number}"][name] for name in ("race", "n", "primary_race")] for number in (1, 2)]
+    assert facts == [["White", 1, None], [None, None, "Asian"]]
     assert tables["all"].schema.field("insurance").type == pa.string()
     assert [note.split(", such as ")[0] for note in notes] == [
-        "a.csv: 15 of 16 patients have no row",
-        "b.csv: 15 of 16 patients have no row",
+        f"{name}: 15 of 16 patients have no row" for name in ("a.csv", "b.csv")
     ]
     with pytest.raises(DataError, match="column race: the data set's table has that name"):
-        join_facts(tables, [tmp_path / "a.csv"])
+        join_facts(tables, files[:1])
 
 
 def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(chexpert: Path, tmp_path: Path) -> None:
@@ -174,28 +159,27 @@ def test_numbers_given_here_are_no_key_and_csvs_named_alike_are_two_sets(chexper
 
 
 def test_facts_choose_and_group_images(chexpert: Path, tmp_path: Path) -> None:
-    demographics(21).to_csv(tmp_path / "facts.csv", index=False)
-    make(chexpert, tmp_path / "out", "--facts", tmp_path / "facts.csv", "--workers", 1)
-    found = read_frame(tmp_path / "out")
-    for source in ((tmp_path / "out",), (chexpert, "--facts", tmp_path / "facts.csv", "--views", "frontal")):
+    out, facts = tmp_path / "out", tmp_path / "facts.csv"
+    demographics(21).to_csv(facts, index=False)
+    make(chexpert, out, "--facts", facts, "--workers", 1)
+    table = read_frame(out)
+    note = "facts.csv: 1 of its patients are not in the data set, such as patient00021\n"
+    for source, stderr in (((out,), ""), ((chexpert, "--facts", facts, "--views", "frontal"), note)):
         for by in ("race", "age_at_cxr"):
             counted = run_pipeline("stats", *source, "--by", by, "--format", "json")
-            noted = "facts.csv: 1 of its patients are not in the data set, such as patient00021\n"
-            assert counted.stderr == (noted if "--facts" in source else "")
+            assert counted.stderr == stderr
             groups = json.loads(counted.stdout)["by"]["groups"]
-            expected = found[by].value_counts()
-            names = [f"{value:.0f}" if by == "age_at_cxr" else value for value in sorted(expected.index)]
-            blank = found[by].isna().sum()
-            assert list(groups) == names + ["unknown"] * bool(blank)
-            assert [group["images"] for group in groups.values()][: len(names)] == expected.sort_index().tolist()
-            for name, rows in found.groupby(by):
-                key = f"{name:.0f}" if by == "age_at_cxr" else name
-                assert groups[key]["labels"]["Edema"]["positive"] == (rows["Edema"] == 1).sum()
-    refused = run_pipeline("stats", tmp_path / "out", "--by", "width", code=2)
-    assert refused.stderr.splitlines()[-1] == (
-        "Error: --by width: these images can be grouped by view, sex, age, projection, age_at_cxr, primary_race, "
-        "zip_code, race"
-    )
-    selected = open_shards(tmp_path / "out")["train"].where("race=Black", "age_at_cxr>=42").table
-    train = found[found["key"].isin(open_shards(tmp_path / "out")["train"].table["key"].to_pylist())]
-    assert selected["key"].to_pylist() == train.query("race == 'Black' and age_at_cxr >= 42")["key"].tolist()
+            rows = {f"{name:.0f}" if by == "age_at_cxr" else name: rows for name, rows in table.groupby(by)}
+            if table[by].isna().any():
+                rows["unknown"] = table[table[by].isna()]
+            assert list(groups) == list(rows)
+            for name, group in groups.items():
+                positive = (rows[name]["Edema"] == 1).sum()
+                assert (group["images"], group["labels"]["Edema"]["positive"]) == (len(rows[name]), positive)
+    stderr = run_pipeline("stats", out, "--by", "width", code=2).stderr
+    known = "view, sex, age, projection, age_at_cxr, primary_race, zip_code, race"
+    assert stderr.splitlines()[-1] == f"Error: --by width: these images can be grouped by {known}"
+    train = open_shards(out)["train"]
+    keys = train.where("race=Black", "age_at_cxr>=42").table["key"].to_pylist()
+    rows = table[table["key"].isin(train.table["key"].to_pylist())]
+    assert keys == rows.query("race == 'Black' and age_at_cxr >= 42")["key"].tolist()
