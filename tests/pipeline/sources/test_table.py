@@ -5,11 +5,9 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from pipeline import DataError
 from pipeline.manifest import read_manifest
@@ -30,11 +28,8 @@ ROWS = (
 @pytest.fixture
 def films(tmp_path: Path) -> Path:
     folder = tmp_path / "films"
-    random = np.random.default_rng(0)
-    for name in ("a/1.png", "a/2.png", "b/3.v2.jpg"):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (40, 40), dtype=np.uint8)).save(path)
+    for number, name in enumerate(("a/1.png", "a/2.png", "b/3.v2.jpg")):
+        draw(folder / name, number)
     (folder / "labels.csv").write_text("\n".join(ROWS) + "\n")
     return folder
 
@@ -151,19 +146,21 @@ def test_values_are_words_and_states(text: str) -> None:
 
 
 def test_another_root_may_hold_the_images(films: Path) -> None:
-    moved = films.parent / "elsewhere"
-    moved.mkdir()
+    (moved := films.parent / "elsewhere").mkdir()
     (films / "b").rename(moved / "b")
     assert shard(films, COLUMNS, "--root", moved)[0] == 0
     assert read_manifest(films.parent / "out").splits["train"].samples == 3
 
 
+def divide(films: Path, train: str, valid: str) -> list[str]:
+    """The options that give each split a CSV of its own, with these rows."""
+    for name, rows in (("train", train), ("valid", valid)):
+        (films.parent / f"{name}.csv").write_text(f"{ROWS[0]}\n{rows}\n")
+    return [word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / name}.csv")]
+
+
 def test_each_split_may_have_a_csv(films: Path) -> None:
-    lines = (films / "labels.csv").read_text().splitlines()
-    for name, rows in (("train", lines[1:4]), ("valid", lines[4:])):
-        (films.parent / f"{name}.csv").write_text("\n".join([lines[0], *rows]) + "\n")
-    splits = [word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / f'{name}.csv'}")]
-    assert shard(films, COLUMNS, *splits)[0] == 0
+    assert shard(films, COLUMNS, *divide(films, "\n".join(ROWS[1:3]), ROWS[3]))[0] == 0
     samples = {name: split.samples for name, split in read_manifest(films.parent / "out").splits.items()}
     assert samples == {"train": 2, "valid": 1}
 
@@ -172,8 +169,7 @@ def test_each_split_may_have_a_csv(films: Path) -> None:
 def test_bad_input_is_named(films: Path, old: str, new: str, message: str) -> None:
     path = films / "labels.csv"
     path.write_text(path.read_text().replace(old, new, 1))
-    code, said = shard(films)
-    assert (code, said) == (1, f"Error: {path}{', ' if message.startswith('line') else ': '}{message}")
+    assert shard(films) == (1, f"Error: {path}{', ' if message.startswith('line') else ': '}{message}")
 
 
 def test_names_that_only_look_alike_are_apart_and_any_root_and_text_is_safe(tmp_path: Path) -> None:
@@ -193,22 +189,14 @@ def test_names_that_only_look_alike_are_apart_and_any_root_and_text_is_safe(tmp_
 
 @pytest.mark.parametrize("other", ["7", "7.0", "patient7", "P-007"])
 def test_a_patient_s_spelling_does_not_hide_it(films: Path, other: str) -> None:
-    text = (films / "labels.csv").read_text().replace("M-01", "007")
-    (films.parent / "valid.csv").write_text(text.replace("007", other))
-    (films.parent / "train.csv").write_text(text)
-    splits = [word for name in ("train", "valid") for word in ("--split", f"{name}={films.parent / name}.csv")]
-    code, said = shard(films, COLUMNS, *splits)
-    assert (code, said) == (
-        1,
-        f"Error: {films.parent / 'valid.csv'}, line 2: 007 is in train.csv too; splits must not share patients",
-    )
+    splits = divide(films, ROWS[1].replace("M-01", "007"), ROWS[2].replace("M-01", other))
+    shared = "line 2: 007 is in train.csv too; splits must not share patients"
+    assert shard(films, COLUMNS, *splits) == (1, f"Error: {films.parent / 'valid.csv'}, {shared}")
 
 
 def test_columns_that_are_missing_are_guessed(films: Path) -> None:
     failed = run_pipeline("shards", films, films.parent / "out", "--set", "table", code=2)
-    command = f"pipeline shards {films} OUT --set table --columns"
-    guessed = "path=Image,patient=MRN,sex=Gender,age=Years,Edema=edema"
-    last = f"Error: --set table needs --columns, such as: {command} {guessed}"
-    assert failed.stderr.splitlines()[-1] == last
+    command = f"pipeline shards {films} OUT --set table --columns {COLUMNS.rpartition(',')[0]}"
+    assert failed.stderr.splitlines()[-1] == f"Error: --set table needs --columns, such as: {command}"
     (films / "second.csv").write_text("Image\n")
     assert shard(films) == (1, f"For a table of your own: pipeline shards {films}/TABLE.csv --guess")
