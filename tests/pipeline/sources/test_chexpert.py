@@ -16,7 +16,7 @@ from pipeline.labels import LABELS
 from pipeline.manifest import read_manifest
 from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import find_set, find_source
-from tests.conftest import default_options, make_shards, run_pipeline, write_chexpert
+from tests.conftest import run_pipeline, write_chexpert
 
 SELECTION: dict[str, Any] = {"views": "all", "dev": 0.0, "seed": 0}
 
@@ -207,14 +207,9 @@ def test_the_bits_of_16_bit_images_are_seen(chexpert: Path, tmp_path: Path) -> N
         frame["Path"] = frame["Path"].str.replace(name, name.replace(".jpg", ".png"))
     frame.to_csv(csv, index=False)
     command = ("shards", chexpert, tmp_path / "out", "--size", 48, "--views", "all")
-    run = run_pipeline(*command, "--encoding", "raw")
-    assert "4 of the images: a 16-bit PNG read as 12 bits, by its highest level (--bits)" in run.stdout
-    again = run_pipeline(*command, "--bits", 12, "--encoding", "raw", code=1)
-    assert "bits is None, not 12" in again.stderr
-    accepted = make_shards(chexpert, tmp_path / "dark", default_options(views="all", bits=16))
-    assert accepted.manifest.options["bits"] == 16
-    bright = make_shards(chexpert, tmp_path / "bright", default_options(views="all", bits=12))
-    assert bright.manifest.pixels["mean"] > accepted.manifest.pixels["mean"]
+    note = "4 of the images: a 16-bit PNG read as 12 bits, by its highest level (--bits)"
+    assert note in run_pipeline(*command).stdout
+    assert "bits is None, not 12" in run_pipeline(*command, "--bits", 12, code=1).stderr
 
 
 def test_what_blanks_mean_is_said_by_the_owner_of_a_set(chexpert: Path, tmp_path: Path) -> None:

@@ -18,19 +18,14 @@ from tests.conftest import run_pipeline
 STANFORD = "Stanford University School of Medicine CheXpert Dataset Research Use Agreement"
 
 
-def test_every_set_is_restricted_or_not() -> None:
+def test_every_set_is_restricted_or_not_and_drawn_films_have_their_own_terms(tmp_path: Path, originals: Path) -> None:
     free = {name for name, adapter in SETS.items() if not find_restriction(adapter.terms._asdict())}
     assert free == {"nih", "table", "webdataset"}
     assert find_restriction({}) == ""
     assert find_restriction({"license": f"not stated; {STANFORD}"})  # of several sets at once
-
-
-def test_drawn_films_have_terms_of_their_own(tmp_path: Path, originals: Path) -> None:
-    drawn = find_source(write_sample(tmp_path, images=20), {}, [])
-    assert find_terms(drawn).name == "sample"
-    assert find_restriction(find_terms(drawn)._asdict()) == ""
-    real = find_source(originals / "CheXpert-v1.0-small", {}, [])
-    assert find_restriction(find_terms(real)._asdict()) == STANFORD
+    homes = (write_sample(tmp_path, images=20), originals / "CheXpert-v1.0-small")
+    drawn, real = (find_terms(find_source(home, {}, [])) for home in homes)
+    assert (drawn.name, find_restriction(drawn._asdict()), find_restriction(real._asdict())) == ("sample", "", STANFORD)
 
 
 def test_a_folder_is_open_if_all_above_it_are() -> None:
@@ -57,22 +52,20 @@ def test_shards_in_an_open_folder_are_warned_of(
     monkeypatch.setattr(making, "is_open_to_all", lambda folder: True)
     out = tmp_path / "out"
     done = run_pipeline("shards", chexpert, out, "--size", 48, "--workers", 1)
-    assert done.stderr.splitlines()[0] == (
-        f"Warning: {out}: every user of this machine can read it; only people bound by the {STANFORD} may: "
-        f"chmod o-rx {out}"
-    )
+    bound = f"every user of this machine can read it; only people bound by the {STANFORD} may: chmod o-rx {out}"
+    assert done.stderr.splitlines()[0] == f"Warning: {out}: {bound}"
     drawn = run_pipeline("shards", write_sample(tmp_path / "films", images=20), tmp_path / "drawn", "--size", 48)
     assert "Warning" not in drawn.stderr
 
 
 def test_the_start_of_a_run_names_its_terms() -> None:
-    config = {"arch": "resnet18", "pretrained": False, "init_terms": ""}
-    assert describe_start(config) == "random weights"
     of_imagenet = "trained on ImageNet, whose terms are for non-commercial research"
-    for arch, terms in {
-        "resnet18": f"torchvision's ImageNet weights: BSD-3-Clause; {of_imagenet}",
-        "timm/convnextv2_atto": "timm's weights convnextv2_atto.fcmae_ft_in1k: cc-by-nc-4.0; trained on what "
-        "https://huggingface.co/timm/convnextv2_atto.fcmae_ft_in1k names, on its terms",
-    }.items():
-        assert describe_start(config | {"arch": arch, "pretrained": True}) == terms
-    assert describe_start(config | {"init_terms": "CC0"}) == "CC0"
+    atto = "convnextv2_atto.fcmae_ft_in1k"
+    of_timm = f"trained on what https://huggingface.co/timm/{atto} names, on its terms"
+    for arch, pretrained, init_terms, terms in (
+        ("resnet18", False, "", "random weights"),
+        ("resnet18", False, "CC0", "CC0"),
+        ("resnet18", True, "", f"torchvision's ImageNet weights: BSD-3-Clause; {of_imagenet}"),
+        ("timm/convnextv2_atto", True, "", f"timm's weights {atto}: cc-by-nc-4.0; {of_timm}"),
+    ):
+        assert describe_start({"arch": arch, "pretrained": pretrained, "init_terms": init_terms}) == terms
