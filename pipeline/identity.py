@@ -33,10 +33,7 @@ def ignore(text: str) -> None:
 
 
 def normalize_ids(names: Names) -> pa.Array:
-    """Ids [N] as they are compared: numbers without letters that mean `patient` or `study`, zeros, and `.0` around.
-
-    Other letters in front of a number stay: `MRN007` is MRN7.
-    """
+    """Ids [N] as they are compared: without `patient`, `s`, zeros and `.0` around a number; `MRN007` is MRN7."""
     numbers = pc.replace_substring_regex(_flatten(names.cast(pa.string())), _NUMBER, r"\1")
     return pc.replace_substring_regex(numbers, _CODE, r"\1\2")
 

@@ -45,10 +45,7 @@ def parse_uncertain_policy(text: str) -> dict[str, str]:
 
 
 def choose_policy(kind: str, given: str | None, defaults: Mapping[str, str]) -> str:
-    """The given policy for `kind` of cells, uncertain or blank, or the shards' default.
-
-    Raises DataError if none was given and folders of shards have different defaults.
-    """
+    """The given policy for `kind` of cells, or the shards' default. Raises DataError if their folders' differ."""
     if not (given or defaults[kind]):
         raise DataError(f"`{kind}`: the folders of shards have different policies; give one")
     return given or defaults[kind]
@@ -95,10 +92,7 @@ def make_targets(
 
 
 def divide_cells(target: Floats, mask: Bools) -> tuple[Bools, Bools]:
-    """The positive and the negative cells of any shape, masked ones apart.
-
-    A soft target counts as the class it is nearer to; the third class of `multiclass` (-1) is neither.
-    """
+    """Positive and negative cells. A soft target counts as the nearer class; the third of `multiclass` (-1) is neither."""
     return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
 
 
@@ -124,8 +118,5 @@ def find_one_class(table: pa.Table, policies: Mapping[str, str]) -> list[str]:
 
 
 def evaluation_targets(table: pa.Table, blank: str) -> tuple[Floats, Bools]:
-    """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are always left out.
-
-    With the shards' default policy for `blank`, runs with different policies are compared on the same cells.
-    """
+    """Targets [N, 14] in {0, 1} and masks [N, 14] for metrics: uncertain cells are left out, whatever the policies."""
     return make_targets(table, dict.fromkeys(LABELS, "ignore"), blank, seed=0)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pipeline.sources.source import Column, DataSet, read_terms
 
 NAME = "is not a name of up to 80 characters"
+PROJECTIONS = "PA, AP, AP_horizontal, L, COSTAL, EXCLUDE, UNK"
 ALL = DataSet(
     read_terms("padchest"),
     tables={"train": ("PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv",)},
@@ -25,10 +26,7 @@ ALL = DataSet(
         "PatientID": Column("(?P<patient>[0-9A-Za-z_-]{1,80})", NAME),
         "PatientBirth": Column(r"(?P<birth>\d{4})(?:\.0)?", "is not a year", optional=True),
         "PatientSex_DICOM": Column("(?P<letter>[MFO])", "is none of M, F, O", optional=True),
-        "Projection": Column(
-            "(?P<position>PA|AP|AP_horizontal|L|COSTAL|EXCLUDE|UNK)",
-            "is none of PA, AP, AP_horizontal, L, COSTAL, EXCLUDE, UNK",
-        ),
+        "Projection": Column(f"(?P<position>{PROJECTIONS.replace(', ', '|')})", f"is none of {PROJECTIONS}"),
         "BitsStored_DICOM": Column("(?P<bits>[89]|1[0-6])", "is not a number of bits from 8 to 16"),
         "MethodLabel": Column("(?P<used>Physician|RNN_model)", "is neither Physician nor RNN_model"),
         # A Python list as text.

@@ -90,10 +90,7 @@ def find_missing(files: Sequence[str], roots: Sequence[Path]) -> list[str]:
 
 
 def read_images(files: Sequence[str], roots: Sequence[Path]) -> Iterator[bytes | ImageError]:
-    """The content of each file in turn, or why it cannot be used.
-
-    Raises DataError if a store fails, MachineError if this machine fails, which is no fault of the images.
-    """
+    """The content of each file, or why it cannot be used. Raises DataError if a store, MachineError if a disk fails."""
     stored = read_objects([file for file in files if "://" in file])
     for file in files:
         content = next(stored) if "://" in file else _read_file(file, roots)

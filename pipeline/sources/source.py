@@ -17,7 +17,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
 from pipeline.identity import Note, ignore, normalize_ids
 from pipeline.labels import LABELS, NOT_ANNOTATED
-from pipeline.sources.words import look_up, parse_findings, parse_number, read_views, read_words, translate
+from pipeline.sources.words import look_up, parse_findings, parse_number, translate
 
 RANKS = {"dcm": 0, "dicom": 0, "png": 1, "jpg": 2, "jpeg": 2}  # of two files of one image, the lower is the original
 Arrays = Mapping[str, pa.Array]  # by name, each of as many values as there are images
@@ -26,10 +26,7 @@ _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
 
 class Terms(NamedTuple):
-    """Who made a data set, and how it may be used: a row of terms.csv; `paper` is empty if there is none.
-
-    Sets with the same `patients` share the names of patients.
-    """
+    """Who made a data set, and how it may be used, by terms.csv. Sets with the same `patients` share their names."""
 
     name: str
     title: str
@@ -75,8 +72,7 @@ class Source(NamedTuple):
 class Column(NamedTuple):
     """The rule for a column's cells: a pattern for the full cell, and the error for any other cell.
 
-    The pattern's named groups are fields of an image (`make_table`). `optional` cells may be blank, or `nan`, as pandas
-    has written them.
+    The pattern's named groups are fields of an image (`make_table`). `optional` cells may be blank, or pandas' `nan`.
     """
 
     pattern: str
@@ -94,8 +90,8 @@ AGE = Column(
 class DataSet:
     """A kind of dataset: its terms, the table that lists its images, and what the columns of that table hold.
 
-    A set with more than one table, or with labels stored in another way, is a subclass that overrides methods.
-    Methods raise DataError, naming file, line and column.
+    A set with more than one table, or other labels, is a subclass that overrides methods. They raise DataError, naming
+    file, line and column.
     """
 
     terms: Terms
@@ -213,12 +209,12 @@ def make_table(fields: Arrays, states: Mapping[str, Any], facts: Sequence[str] =
     view = fields.get("view", fields.get("side", pa.repeat("frontal", len(blank))))
     projection = fields.get("projection", blank)
     if "position" in fields:
-        view = pc.fill_null(translate(fields["position"], read_views()), "other")
-        projection = translate(fields["position"], read_words("projection"))
+        view = pc.fill_null(translate(fields["position"], "view"), "other")
+        projection = translate(fields["position"], "projection")
         projection = pc.if_else(pc.equal(view, "frontal"), projection, None)
     sex, age = fields.get("sex", blank), fields.get("age", blank).cast(pa.int16())
     if "letter" in fields:
-        sex = translate(fields["letter"], read_words("sex"))
+        sex = translate(fields["letter"], "sex")
     if "birth" in fields:
         age = pc.subtract(*(fields[name].cast(pa.int16()) for name in ("year", "birth")))
     study = fields.get("study")
@@ -236,10 +232,7 @@ def make_table(fields: Arrays, states: Mapping[str, Any], facts: Sequence[str] =
 
 
 def make_key(path: str) -> str:
-    """The key of an image of that name or path: up to 90 letters, digits, _ and -.
-
-    Other characters become _; a hash keeps a name with such, or a longer one, apart from others.
-    """
+    """The key of an image of that name or path: up to 90 letters, digits, _ and -; a hash replaces all else."""
     name = re.sub(f"{SUFFIX}$", "", path)
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
     if len(plain) <= 90 and plain == name:
@@ -256,9 +249,8 @@ def find_place(file: str) -> tuple[str, int, int | None]:
 def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
     """The tables, with every cell that nobody looked at marked as not annotated.
 
-    CheXpert's labeler and those of the other known sets look for all of their labels, so their blanks are blanks. For
-    another hospital's set and for a table, only the owner knows. Raises DataError if the owner must state it, and
-    for labels that have states although nobody looked for them.
+    The labelers of known sets look for all labels, so blanks are blanks; of another hospital's set, only the owner
+    knows. Raises DataError if the owner must state it, and for labels that have states, but were not looked for.
     """
     is_foreign = bool(source.name) or source.set in ("table", "webdataset")
     is_stated = bool(source.annotated or source.blanks)
@@ -290,10 +282,7 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
 
 
 def list_images(folders: Iterable[Path]) -> dict[str, str]:
-    """The file of each image by its name without suffix: in the first folder that has it, by RANKS.
-
-    Other files are ignored. Raises DataError for two files of one image and rank.
-    """
+    """Name without suffix → the image's file in the first folder that has it. Raises DataError for two of one rank."""
     images: dict[str, str] = {}
     for folder in folders:
         ranked: dict[str, tuple[int, Path]] = {}

@@ -2,9 +2,7 @@
 
     pipeline shards images out --set table --columns path=Image,patient=MRN,Edema=edema
 
-`path`, the image's file relative to SOURCE, and `patient` are needed; `study`, `view`, `sex`, `age` and `projection`
-may be named. Words are understood as words.csv has them, and as `values` say. Labels without a column are not
-annotated. All rows are train, of which dev is held out; `--split` gives each split a CSV.
+docs/data.md has the columns. Words are understood as words.csv has them, and as `values` say.
 """
 
 import shlex
@@ -34,15 +32,12 @@ FIELDS = {
     "study": Column("(?P<study_name>.+)", "is not the name of a study"),
     "age": AGE._replace(optional=True),
 }
-WORDS = ("view", "sex", "projection")
+COLUMNS = (*FIELDS, "view", "sex", "projection", "key", *LABELS)
 _NUMBER = r"^(?i:study|s)?[_-]?0*(?P<study>\d{1,9})(?:\.0+)?$"
 
 
-def parse_columns(text: str, known: Sequence[str] = (*FIELDS, *WORDS, "key", *LABELS)) -> tuple[tuple[str, str], ...]:
-    """Our names, of those `known`, and the table's, from `path=Image,patient=MRN`. Raises DataError with all problems.
-
-    Spaces and double quotes around a name do not count.
-    """
+def parse_columns(text: str, known: Sequence[str] = COLUMNS) -> tuple[tuple[str, str], ...]:
+    """Our names, of those `known`, and the table's, from `path=Image,patient="MRN"`. Raises DataError for any other."""
     pairs: list[tuple[str, str]] = []
     wrong = []
     for part in text.split(","):
@@ -107,10 +102,9 @@ def read_named(
             note(f"column {columns['study']}: not all are numbers, so studies are numbered within each patient")
         else:
             fields["study"] = numbers
-    meanings = {name: words.read_words(name) for name in ("sex", "projection")} | {"view": words.read_views()}
     for name, other in (("sex", ""), ("view", "projection"), ("projection", "view")):  # a column may hold both of these
         if used := [column for column in (name, other) if column in cells]:
-            fields[name] = pc.coalesce(*(words.translate(cells[column], meanings[name]) for column in used))
+            fields[name] = pc.coalesce(*(words.translate(cells[column], name) for column in used))
             unknown = cells[used[0]].filter(fields[name].is_null())
             if name != "projection" and (unknown.null_count < len(unknown) or (name == "view" and len(unknown))):
                 note(f"column {columns[used[0]]}: no {name} is known for {words.count_words(unknown)}")

@@ -77,10 +77,7 @@ class Vindr(DataSet):
 
 
 def _mark_labels(csv: Path, text: pa.Table, reading: npt.NDArray[np.int64], is_boxes: bool) -> npt.NDArray[np.bool_]:
-    """Which labels [M, 14] each reading of an image names, from rows [N] that each belong to a `reading`.
-
-    Raises DataError for a class of another set, cells but 0 and 1, and No finding beside a finding.
-    """
+    """Which labels [M, 14] each reading of an image names, from rows [N] that each belong to a `reading`."""
     if is_boxes:
         known = pc.is_in(text[CLASS], value_set=pa.array(FINDINGS.names))
         demand(csv, CLASS, text[CLASS], known, "is not a finding of this set")

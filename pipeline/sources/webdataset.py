@@ -45,10 +45,7 @@ class Webdataset(DataSet):
     """Tars whose fields the user names."""
 
     def find_tables(self, folder: Path, splits: Mapping[str, Path] | None = None) -> dict[str, Path] | None:
-        """The tars of each split, or by the words of their names, as split/path, and the only CSV; None without tars.
-
-        Raises DataError if a split has none, and for tars that are packed or in a store.
-        """
+        """The tars of each split, else by the words of their names, as split/path, and the only CSV; None if no tars."""
         if is_remote(folder):
             if any(path.name.endswith(".tar") for path in list_files(folder)):
                 raise DataError(f"{folder}: other programs' tars are read from a folder; copy them to one")
@@ -145,10 +142,7 @@ def _kind(suffix: str) -> str:
 
 
 def _read_fields(name: str, file: BinaryIO, members: Mapping[str, Member], wanted: set[str]) -> Row:
-    """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`.
-
-    Raises DataError for a field that is wanted and has two values.
-    """
+    """Field → its text, None if it is blank: texts by suffix, and values of JSON, nested ones as `outer.inner`."""
     fields: Row = {}
     for suffix, member in members.items():
         if _kind(suffix) not in (*TEXTS, "json"):

@@ -39,14 +39,11 @@ def fold(word: str) -> str:
 
 @cache
 def read_words(kind: str) -> dict[str, str]:
-    """Folded word → its meaning."""
+    """Folded word → its meaning; a word for a projection is one for its view, too."""
     rows = read_data(Path(__file__).parent, "words.csv")
-    return {fold(row["word"]): row["meaning"] for row in rows if row["kind"] == kind}
-
-
-def read_views() -> dict[str, str]:
-    """Folded word for a view or projection → the view."""
-    return read_words("view") | {word: POSITIONS[name] for word, name in read_words("projection").items()}
+    words = {fold(row["word"]): row["meaning"] for row in rows if row["kind"] == kind}
+    positions = read_words("projection") if kind == "view" else {}
+    return words | {word: POSITIONS[name] for word, name in positions.items()}
 
 
 def parse_state(word: str) -> int | None:
@@ -142,16 +139,13 @@ def count_words(column: pa.ChunkedArray) -> str:
     return ", ".join(texts) + (f" and {len(counts) - SHOWN:,} more" if len(counts) > SHOWN else "")
 
 
-def translate(column: pa.Array | pa.ChunkedArray, words: Mapping[str, str]) -> pa.Array:
-    """The meaning of each word [N]; null if it is blank or unknown."""
-    return look_up(pa.chunked_array(column), lambda word: words[fold(word)], pa.string())[0]
+def translate(column: pa.Array | pa.ChunkedArray, kind: str) -> pa.Array:
+    """The meaning of each word [N] of a kind; null if it is blank or unknown."""
+    return look_up(pa.chunked_array(column), lambda word: read_words(kind)[fold(word)], pa.string())[0]
 
 
 class Findings(NamedTuple):
-    """A set's findings [F] and the labels [F, 14] that each makes positive or leaves open.
-
-    Who `speaks` [F] of a finding has looked for all.
-    """
+    """A set's findings [F] and the labels [F, 14] that each makes positive or leaves open; `speaks` [F]: of the 14."""
 
     names: list[str]
     positive: Mask
@@ -182,10 +176,7 @@ def leave_open(states: States) -> None:
 
 
 def parse_findings(path: Path, name: str, column: pa.Array, separator: str, dataset: str) -> dict[str, States]:
-    """The states [N] of the 14 labels, from lists of findings [N] as texts; what is not listed is negative.
-
-    Raises DataError, naming file and line, for a finding of another set.
-    """
+    """The states [N] of the 14 labels, from lists of findings [N]. Raises DataError for a finding of another set."""
     findings = read_findings(dataset)
     encoded = pc.fill_null(column, "").dictionary_encode()
     lists = pc.split_pattern(encoded.dictionary, separator)
