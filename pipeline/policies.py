@@ -92,7 +92,7 @@ def make_targets(
 
 
 def divide_cells(target: Floats, mask: Bools) -> tuple[Bools, Bools]:
-    """Positive and negative cells. A soft target counts as the nearer class; the third of `multiclass` (-1) is neither."""
+    """Positive and negative cells: a soft target counts as the nearer class, -1 (of `multiclass`) as neither."""
     return mask & (target >= 0.5), mask & (target >= 0) & (target < 0.5)
 
 

@@ -55,27 +55,19 @@ class Chexpert(DataSet):
 
     def find_roots(self, homes: Sequence[Path]) -> list[Path]:
         """The other folders that may hold images: all of AIMI's download batches, if a home is one."""
-        return [
-            home.parent / name
-            for home in (home.resolve() for home in homes)
-            if _BATCH.search(home.name)
-            for name in list_folders(home.parent)
-            if _BATCH.search(name)
-        ]
+        parents = [home.resolve().parent for home in homes if _BATCH.search(home.resolve().name)]
+        return [parent / name for parent in parents for name in list_folders(parent) if _BATCH.search(name)]
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
-        """The file of each path: in a folder that the CSV names, else in any that has it, else its expected path.
-
-        Notes how many are in another folder than the CSV names, not counting AIMI's batches.
-        """
+        """The file of each path: in a folder that the CSV names, else (which is noted) in any that has it."""
         holders = _find_patients(roots, {name for path in paths for name in path.split("/")[:-3]})
         names, files, moved = [*map(str, roots)], [], []
 
         @cache
         def count_alike(above: tuple[str, ...], folder: str) -> int:
             """How many of the folders above a patient's a folder ends in; 0 if the CSV means another."""
-            pairs = zip(reversed(above), reversed(folder.split("/")), strict=False)
-            alike = len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
+            ends = zip(above[::-1], folder.split("/")[::-1], strict=False)
+            alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
             # What the CSV calls `CheXpert-v1.0`, without folders in it, may have any name.
             return alike or int(len(above) < 2 and folder in names)
 

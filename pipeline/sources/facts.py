@@ -42,9 +42,8 @@ def join_facts(
     """The tables with the columns of each file; `named` are those of the user's own table: our name → the table's.
 
     Columns are named in lower case, words joined by `_`; those of whole numbers become int64. With `primary_race`
-    comes `race`, unless there is one. Raises DataError, naming the file, for one that cannot be read or has no key or
-    no row in common with the tables, a column that these have already, a key with different values, and studies if
-    the tables' studies were `numbered` by us, as no user-supplied file can know such numbers.
+    comes `race`, unless there is one. Raises DataError, naming the file, for one without a key or a row in common with
+    the tables, a column that these have, a key with different values, and studies that were `numbered` by us.
     """
     joined = dict(tables)
     for path in paths:
@@ -58,10 +57,9 @@ def join_facts(
             present, keys = ", ".join(columns), ", ".join(KEYS)
             raise DataError(f"{path}: no column says whose row it is; it has {present}; name one of them {keys}")
         if numbered and "study" in used:
-            raise DataError(
-                f"{path}: column {names['study']} cannot be a key: the data set's studies have no names, and were "
-                "numbered here; use patient or key, or name the data set's column study"
-            )
+            why = "the data set's studies have no names, and were numbered here"
+            how = "use patient or key, or name the data set's column study"
+            raise DataError(f"{path}: column {names['study']} cannot be a key: {why}; {how}")
         samples = pa.concat_tables(table.select(sorted({"patient", "study", *used})) for table in joined.values())
         studies = samples.group_by(["patient", "study"]).aggregate([])
         if used == ("study",) and pc.count_distinct(samples["study"]).as_py() != len(studies):

@@ -151,14 +151,29 @@ def load_tables(
     """
     parts = []
     for place, source in enumerate(sources):
-        tables, name, patients, named = _read_source(source, split, note)
+        named: Mapping[str, str] = {}
+        if source.is_file():
+            if split is not None:
+                raise DataError(f"{source} is one CSV without splits; leave out its split")
+            tables, name, patients = {"all": read_any_table(source)}, str(source), str(source)
+        elif (source / NAME).is_file():
+            manifest = read_manifest(source)
+            name, patients, named = manifest.dataset["name"], manifest.dataset["patients"], manifest.columns
+            chosen = manifest.splits if split is None else [split]
+            tables = {each: read_table(source, manifest.split(each)) for each in chosen}
+        else:
+            kind, csvs = find_set(source)
+            name, patients = SETS[kind].terms.name, SETS[kind].terms.patients
+            tables = SETS[kind].read(Source(csvs, (source,), kind), note)
+            if split is not None and split not in tables:
+                raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
+            tables = {each: table for each, table in tables.items() if split in (None, each)}
         tables = join_facts(spell_alike(tables), facts, note, numbers_studies(name, named))
         columns = [*(["key"] if keyed else []), "patient", "study", "view", "sex", "age", "projection", *LABELS]
         further = name_facts(next(iter(tables.values())))
-        columns += [name for name in further if audited or keyed or name not in Original._fields]
-        if audited and split is None:
-            tables = {name: tables[name] for name in learned_splits(tables)}
-        rows = select_views(pa.concat_tables([part.select(columns) for part in tables.values()]), views)
+        columns += [fact for fact in further if audited or keyed or fact not in Original._fields]
+        learned = learned_splits(tables) if audited and split is None else tables
+        rows = select_views(pa.concat_tables([tables[each].select(columns) for each in learned]), views)
         if rows.num_rows == 0:
             raise DataError(f"{source}: no {views} images")
         if len(sources) > 1:
@@ -168,25 +183,6 @@ def load_tables(
             rows = rows.append_column("set", pa.array([name] * len(rows), pa.string()))
         parts.append(rows)
     return concat_labels(parts)
-
-
-def _read_source(source: Path, split: str | None, note: Note) -> tuple[dict[str, pa.Table], str, str, dict[str, str]]:
-    """Its tables by split, the names of its set and of its patients' namespace, and the columns that the user named."""
-    if source.is_file():
-        if split is not None:
-            raise DataError(f"{source} is one CSV without splits; leave out its split")
-        return {"all": read_any_table(source)}, str(source), str(source), {}
-    if (source / NAME).is_file():
-        manifest = read_manifest(source)
-        names = manifest.splits if split is None else [split]
-        tables = {name: read_table(source, manifest.split(name)) for name in names}
-        return tables, manifest.dataset["name"], manifest.dataset["patients"], manifest.columns
-    set_name, csvs = find_set(source)
-    tables = SETS[set_name].read(Source(csvs, (source,), set_name), note)
-    if split is not None and split not in tables:
-        raise DataError(f"split '{split}' does not exist; {source} holds {', '.join(tables)}")
-    terms, chosen = SETS[set_name].terms, {name: table for name, table in tables.items() if split in (None, name)}
-    return chosen, terms.name, terms.patients, {}
 
 
 def learned_splits(names: Iterable[str]) -> list[str]:

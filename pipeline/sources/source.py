@@ -44,11 +44,10 @@ def read_terms(name: str) -> Terms:
 class Source(NamedTuple):
     """A data set on the user's disk.
 
-    `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from; `set` is its name
-    in `sources.sets.SETS`. `columns` map our columns to those of a user's table: ("path", "Image"), …; `facts` are
-    files of further columns (`sources.facts`). `name` is the user's name for a set that has the layout of another one,
-    but different patients. Of such a set and of a table, `annotated` are the labels that were looked for, and `blanks`
-    is what an empty cell means, blank or not-annotated; empty if the user chose neither.
+    `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from. `columns` map our
+    columns to those of a user's table; `facts` are files of further columns. `name` is the user's name for a set with
+    the layout of another one, but other patients. Of such a set and of a table, `annotated` are the labels that were
+    looked for, and `blanks` is what an empty cell means, blank or not-annotated; empty if the user chose neither.
     """
 
     csvs: dict[str, Path]

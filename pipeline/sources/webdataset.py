@@ -45,7 +45,7 @@ class Webdataset(DataSet):
     """Tars whose fields the user names."""
 
     def find_tables(self, folder: Path, splits: Mapping[str, Path] | None = None) -> dict[str, Path] | None:
-        """The tars of each split, else by the words of their names, as split/path, and the only CSV; None if no tars."""
+        """The tars of each split, else by the words of their names, as split/path, and the only CSV; None if none."""
         if is_remote(folder):
             if any(path.name.endswith(".tar") for path in list_files(folder)):
                 raise DataError(f"{folder}: other programs' tars are read from a folder; copy them to one")
