@@ -1,7 +1,6 @@
 """BRAX, the example of a set to add, examples/sets/brax.py: registered and run on a small folder."""
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
+import runpy
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,9 @@ from tests.pipeline.etl.test_model import shard_here
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small folder of BRAX, whose module has been registered."""
-    spec = spec_from_file_location("pipeline.sources.brax", REPOSITORY / "examples" / "sets" / "brax.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(sets.SETS, "brax", module.SET)
-    monkeypatch.setitem(sets.KNOWN, "brax", module.SET)
+    brax = runpy.run_path(str(REPOSITORY / "examples" / "sets" / "brax.py"))["SET"]
+    for known in (sets.SETS, sets.KNOWN):
+        monkeypatch.setitem(known, "brax", brax)
     # Processes of their own would not know the set: what they do is done in this one.
     shard_here(monkeypatch)
     home = tmp_path / "brax"
