@@ -131,12 +131,11 @@ def test_dry_run_counts_and_writes_nothing(chexpert: Path, tmp_path: Path) -> No
 
 def move_images(chexpert: Path, tmp_path: Path, layout: str) -> tuple[Path, str]:
     """Rearrange the folder; returns what is given as SOURCE, and the Path that the CSVs have for a split's folder."""
-    data = tmp_path / "data"
-    data.mkdir()
-    root = Path(shutil.move(chexpert, data / "CheXpert-v1.0-small"))
+    (data := tmp_path / "data").mkdir()
+    root = chexpert.rename(data / chexpert.name)
     if layout.startswith("beside"):
-        for split in ("train", "valid"):
-            (root / f"{split}.csv").rename(data / f"{split}.csv")
+        for csv in [*root.glob("*.csv")]:
+            csv.rename(data / csv.name)
         return (root if layout == "beside, folder given" else data), f"{root.name}/{{split}}/"
     if layout == "patients in the folder with a dot":
         for path in [*root.glob("*/patient*")]:

@@ -114,8 +114,7 @@ def test_nih_s_real_table_has_the_published_counts() -> None:
     expected |= {"Lung Opacity": 19_632, "Consolidation": opened.sum()}
     assert {label: number for label, number in unannotated.items() if number} == expected
     assert report["labels"]["Lung Opacity"]["share_positive"] == round(19_894 / (112_120 - 19_632), 4)
-    groups = report["by"]["groups"]
-    assert {name: group["images"] for name, group in groups.items()} == {"AP": 44_810, "PA": 67_310}
+    assert {name: group["images"] for name, group in report["by"]["groups"].items()} == {"AP": 44_810, "PA": 67_310}
 
 
 def test_what_is_not_annotated_is_masked_under_every_policy(tmp_path: Path) -> None:
@@ -152,9 +151,6 @@ def test_kaggle_s_copy_without_lists_is_train(tmp_path: Path) -> None:
     image = next(folder.glob("images_*/images/00000002_000.png"))
     image.rename(image.with_suffix(".PNG"))
     assert [row["split"] for row in shard(folder).values()] == ["train"] * 6
-    image.with_suffix(".png").touch()
-    twice = f"{image.with_suffix('.PNG')} and {image.name}: which of them is the image? Move one away"
-    assert refuse(folder, "--dry-run") == f"Error: {twice}\n"
 
 
 # PadChest
@@ -203,15 +199,11 @@ def test_the_mapping_has_torchxrayvision_s_words_but_for_named_differences() -> 
     }
     same = ("Edema", "Cardiomegaly", "Pneumonia", "Atelectasis", "Pneumothorax", "Fracture")
     parts |= {label: (label.lower(),) for label in same}
-    extra = {
-        label: {word for word in words if any(part in word for part in parts[label])} - {*mapping[label]}
-        for label in parts
-    }
     masses = {f"{place} mass" for place in ("mediastinal", "pleural", "breast", "soft tissue")}
-    assert {label: more for label, more in extra.items() if more} == {
-        "Lung Lesion": {"pseudonodule", "mass"} | masses,
-        "Pleural Effusion": {"pericardial effusion"},
-    }
+    different = {"Lung Lesion": {"pseudonodule", "mass"} | masses, "Pleural Effusion": {"pericardial effusion"}}
+    for label in parts:
+        named = {word for word in words if any(part in word for part in parts[label])}
+        assert named - {*mapping[label]} == different.get(label, set()), label
 
 
 def test_all_rows_make_other_shards(tmp_path: Path) -> None:

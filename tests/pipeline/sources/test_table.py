@@ -102,12 +102,12 @@ def test_a_hospital_s_table_becomes_shards_by_the_command_that_is_guessed(hospit
     )
     words = [*shlex.split(guessed.stdout)[1:-2], "--dev", 0, "--views", "all", "--workers", 1]
     words[2] = out
-    failed = run_pipeline(*words, code=1)
-    assert failed.stderr.splitlines() == [
-        f"Error: {hospital}, line 4, column edema: 'maybe' is not a label state; the column holds 'yes' (1), 'No' (1), "
-        "'maybe' (1), blank (1), 'TRUE' (1), 'n' (1)",
-        f"{hospital}, line 5, column Effusion: 'no?' is not a label state; the column holds 'ja' (1), '0.0' (1), "
-        "'Absent' (1), 'no?' (1), 'maybe' (1), 'n' (1)",
+    edema, effusion = "'yes' (1), 'No' (1), 'maybe' (1), blank (1), 'TRUE' (1), 'n' (1)", "'ja' (1), '0.0' (1), "
+    effusion += "'Absent' (1), 'no?' (1), 'maybe' (1), 'n' (1)"
+    holds = "is not a label state; the column holds"
+    assert run_pipeline(*words, code=1).stderr.splitlines() == [
+        f"Error: {hospital}, line 4, column edema: 'maybe' {holds} {edema}",
+        f"{hospital}, line 5, column Effusion: 'no?' {holds} {effusion}",
         "say what they mean (1, 0, -1, blank or not-annotated): --values 'maybe=?,no?=?'",
     ]
     made = run_pipeline(*words, "--values", "maybe=-1, Edema:Maybe=0,no?=not-annotated", "--facts", hospital)
@@ -143,13 +143,6 @@ def test_values_are_words_and_states(text: str) -> None:
     with pytest.raises(DataError, match=r"^'Effusion' is none of .*; did you mean Pleural Effusion\?$"):
         parse_values("Effusion:yes=1")
     assert parse_values('"yes, mild"=yes,edema: no =0') == (("yes, mild", 1), ("Edema:no", 0))
-
-
-def test_another_root_may_hold_the_images(films: Path) -> None:
-    (moved := films.parent / "elsewhere").mkdir()
-    (films / "b").rename(moved / "b")
-    assert shard(films, COLUMNS, "--root", moved)[0] == 0
-    assert read_manifest(films.parent / "out").splits["train"].samples == 3
 
 
 def divide(films: Path, train: str, valid: str) -> list[str]:

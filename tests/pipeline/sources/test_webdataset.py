@@ -21,7 +21,7 @@ from pipeline.sources.sets import find_source
 from pipeline.sources.source import make_key
 from pipeline.sources.table import parse_columns
 from pipeline.sources.webdataset import SET
-from tests.conftest import flip, refusal, run_pipeline
+from tests.conftest import flip, run_pipeline
 
 Layout = Callable[[Path], None]
 SPLITS = {"train": "train", "valid": "val"}
@@ -220,11 +220,3 @@ def test_a_compressed_table_is_no_tar(tmp_path: Path) -> None:
     (tmp_path / "reads.tsv.gz").write_bytes(gzip.compress(b"file\tmrn\tedema\na.png\t1\tyes\n"))
     with pytest.raises(DataError, match=r"For a table of your own: .*path=file,patient=mrn,Edema=edema"):
         find_source(tmp_path, {}, [])
-
-
-def test_patients_are_not_shared_among_splits(tmp_path: Path) -> None:
-    for name in ("train", "test"):
-        write(tmp_path / f"{name}.tar", (name, {"jpg": image(0), "cls": b"1", "txt": b"P1"}))
-    options = ("--set", "webdataset", "--columns", "patient=txt,Edema=cls", "--workers", 1)
-    _, line = refusal("shards", tmp_path, tmp_path / "out", *options)
-    assert line == "Error: P1 is in test and train; splits must not share patients"
