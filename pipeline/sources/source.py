@@ -20,7 +20,6 @@ from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.words import look_up, parse_findings, parse_number, translate
 
 RANKS = {"dcm": 0, "dicom": 0, "png": 1, "jpg": 2, "jpeg": 2}  # of two files of one image, the lower is the original
-Arrays = Mapping[str, pa.Array]  # by name, each of as many values as there are images
 SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)"
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
@@ -196,7 +195,7 @@ def find_files(folder: Path, roles: Mapping[str, Sequence[str]]) -> dict[str, Pa
     return tables
 
 
-def make_table(fields: Arrays, states: Mapping[str, Any], facts: Sequence[str] = ()) -> pa.Table:
+def make_table(fields: Mapping[str, pa.Array], states: Mapping[str, Any], facts: Sequence[str] = ()) -> pa.Table:
     """A label table of states [N] of the 14 labels, and of fields [N].
 
     Needed: path, key, patient. `study` is a number, `study_name` is numbered by us within the patient; without either,
