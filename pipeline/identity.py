@@ -84,9 +84,10 @@ def identify_images(table: pa.Table) -> Ids:
 
 def describe_repeats(splits: Mapping[str, pa.Table]) -> list[str]:
     """A text for each two splits of some shards that hold the same images, whatever their keys are."""
+    images = {split: identify_images(table) for split, table in splits.items()}
     return [
         f"{1 + len(more):,} images of {other}, such as {name}, are in {split} too: results on them are too good"
-        for split, other, (name, *more) in find_shared({s: identify_images(t) for s, t in splits.items()})
+        for split, other, (name, *more) in find_shared(images)
     ]
 
 

@@ -134,14 +134,12 @@ def count_rows(table: pa.Table) -> dict[str, int]:
 def limit_patients(table: pa.Table, limit: int, seed: int) -> pa.Table:
     """Complete patients in the order of a hash, up to `limit` images; at least one patient."""
     patients = table["patient"].combine_chunks().dictionary_encode()
-    counts = np.bincount(patients.indices.to_numpy())
+    rows = patients.indices.to_numpy()
     draws = [hash_fraction("limit", seed, patient) for patient in patients.dictionary.to_pylist()]
     order = np.argsort(draws)
-    fits = np.cumsum(counts[order]) <= limit
+    fits = np.cumsum(np.bincount(rows)[order]) <= limit
     fits[:1] = True
-    chosen = np.zeros(len(counts), np.bool_)
-    chosen[order] = fits
-    return table.filter(pa.array(chosen[patients.indices.to_numpy()]))
+    return table.filter(pa.array(np.isin(rows, order[fits])))
 
 
 def number_studies(table: pa.Table) -> npt.NDArray[np.int64]:

@@ -23,7 +23,7 @@ class Mimic(DataSet):
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table."""
         csvs = source.csvs
-        fields = self.read_fields(csvs["split"], self.read_text(csvs["split"]))
+        fields, _ = self.read_fields(csvs["split"])
         demand_unique(csvs["split"], fields["dicom"])
         views = read_strings(csvs["metadata"], ("dicom_id", "ViewPosition"))
         place = join(fields["dicom"], csvs["metadata"], views, views["dicom_id"], "images", note, normalize_paths)

@@ -23,6 +23,7 @@ from pipeline.sources import chexpert
 from pipeline.sources.source import AGE, Column, DataSet, Source, divide, make_table, read_terms, take_states
 
 LABEL_FILES = tuple(f"chexbert_labels/{part}_fixed.json" for part in ("report", "impression", "findings"))
+SPLITS = ("train", "valid")
 
 
 class Plus(DataSet):
@@ -39,9 +40,7 @@ class Plus(DataSet):
 
     def read(self, source: Source, note: Note = ignore) -> dict[str, pa.Table]:
         """Split → its label table."""
-        csv = source.csvs["table"]
-        text = self.read_text(csv)
-        fields = self.read_fields(csv, text)
+        fields, _ = self.read_fields(source.csvs["table"])
         is_frontal = pc.equal(pc.utf8_lower(fields["view"]), "frontal")
         fields["projection"] = pc.if_else(is_frontal, fields["projection"], None)
         files = [file for role, file in source.csvs.items() if role != "table"]
@@ -50,7 +49,7 @@ class Plus(DataSet):
         names, by = labels["path"], partial(normalize_paths, parts=3)
         place = join(fields["path"], files[0], labels.select(LABELS), names, "images", note, by)
         table = make_table(fields, take_states(labels.combine_chunks(), place), self.facts)
-        return divide(table, fields["split"], {split: split for split in ("train", "valid")})
+        return divide(table, fields["split"], {split: split for split in SPLITS})
 
 
 def _read_json(path: Path) -> pa.Table:
@@ -72,12 +71,8 @@ def _read_json(path: Path) -> pa.Table:
 
 SET = Plus(
     read_terms("chexpert-plus"),
-    tables={
-        "table": ("df_chexpert_plus_240401.csv",),
-        "labels": LABEL_FILES,
-        "labels_train": ("train.csv",),
-        "labels_valid": ("valid.csv",),
-    },
+    tables={"table": ("df_chexpert_plus_240401.csv",), "labels": LABEL_FILES}
+    | {f"labels_{split}": (f"{split}.csv",) for split in SPLITS},
     columns={
         "path_to_image": Column(
             rf"(?P<path>(?:train|valid)/{chexpert.IMAGE}\.(?i:jpg|jpeg|png|dcm))",

@@ -128,8 +128,7 @@ class DataSet:
         """The label table of one CSV."""
         if self.is_joined:
             raise DataError(f"{csv}: one of several tables of {self.terms.title}; name the folder that holds them")
-        text = self.read_text(csv)
-        fields = self.read_fields(csv, text)
+        fields, text = self.read_fields(csv)
         column, separator = self.findings
         if column:
             states = parse_findings(csv, column, fields["findings"], separator, self.terms.name)
@@ -144,8 +143,9 @@ class DataSet:
         header = read_header(csv) if self.facts else []
         return read_strings(csv, (*self.columns, *labels, *(name for name in self.facts if name in header)))
 
-    def read_fields(self, csv: Path, text: pa.Table) -> dict[str, pa.Array]:
-        """The fields of each image, and its facts."""
+    def read_fields(self, csv: Path) -> tuple[dict[str, pa.Array], pa.Table]:
+        """The fields of each image, with its facts; and the text that they are read from."""
+        text = self.read_text(csv)
         cells = ((name, text[name], column) for name, column in self.columns.items() if name in text.column_names)
         fields = read_cells(csv, cells) | {name: text[name] for name in self.facts if name in text.column_names}
         for name, template in self.templates.items():
@@ -156,7 +156,7 @@ class DataSet:
         if "key" not in fields:
             fields["key"] = pa.array(map(make_key, fields["path"].to_pylist()))
         demand_unique(csv, fields["key"])
-        return fields
+        return fields, text
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The file, absolute path or URL, of each path: in the first of the `places` that has it."""
