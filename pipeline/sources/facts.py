@@ -110,8 +110,8 @@ def _type_facts(facts: Mapping[str, pa.Array], with_race: bool) -> dict[str, pa.
     typed = {}
     for name, column in facts.items():
         is_whole = pc.all(pc.match_substring_regex(column, _WHOLE), min_count=1).as_py()
-        whole = pc.replace_substring_regex(column, r"\.0+$", "")
-        typed[name] = whole.cast(pa.int64()) if is_whole else column.cast(pa.string())
+        digits = pc.replace_substring_regex(column, r"\.0+$", "")
+        typed[name] = digits.cast(pa.int64()) if is_whole else column.cast(pa.string())
     if with_race and "primary_race" in facts and "race" not in facts:
         # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected
         # characteristics in chest X-ray disease detection models, eBioMedicine 89, 2023). Non-answers stay null.

@@ -135,7 +135,8 @@ def ask_values(words: Iterable[str]) -> str:
 def count_words(column: pa.ChunkedArray) -> str:
     """The distinct words of a column with their numbers of rows, the most frequent first."""
     counts = Counter(column.to_pylist())
-    texts = [f"'{quote(word, 40)}' ({n:,})" if word else f"blank ({n:,})" for word, n in counts.most_common(SHOWN)]
+    words = counts.most_common(SHOWN)
+    texts = [f"'{quote(word, 40)}' ({rows:,})" if word else f"blank ({rows:,})" for word, rows in words]
     return ", ".join(texts) + (f" and {len(counts) - SHOWN:,} more" if len(counts) > SHOWN else "")
 
 

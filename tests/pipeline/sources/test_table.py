@@ -167,7 +167,7 @@ def test_bad_input_is_named(films: Path, old: str, new: str, message: str) -> No
 
 def test_names_that_only_look_alike_are_apart_and_any_root_and_text_is_safe(tmp_path: Path) -> None:
     names = ("a/b.png", "a_b.png", "左.png", f"{'d' * 80}/{'e' * 80}.png", "\x1b[31mred.png")
-    lines = ["Image,MRN,edema", *(f"{name},{n},1" for n, name in enumerate(names))]
+    lines = ["Image,MRN,edema", *(f"{name},{number},1" for number, name in enumerate(names))]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     for number, name in enumerate(names[:-1]):
         draw(tmp_path / name, number)

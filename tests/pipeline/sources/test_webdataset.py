@@ -142,8 +142,8 @@ def test_folders_count_if_they_hold_files_of_one_name(tmp_path: Path) -> None:
 
 
 def test_each_split_may_have_tars(tmp_path: Path) -> None:
-    a, b = (write(tmp_path / name / "0.tar", (name, {"jpg": image(0), "cls": b"1"})) for name in "ab")
-    tables = read(tmp_path, "patient=__key__,Edema=cls", train=a, test=b.parent)
+    first, second = (write(tmp_path / name / "0.tar", (name, {"jpg": image(0), "cls": b"1"})) for name in "ab")
+    tables = read(tmp_path, "patient=__key__,Edema=cls", train=first, test=second.parent)
     assert {split: table["key"].to_pylist() for split, table in tables.items()} == {"train": ["a"], "test": ["b"]}
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"^`split` train=.*/none: a folder without tars$"):
