@@ -135,15 +135,16 @@ def join(
     for row in pc.indices_nonzero(row_keys.is_null()).to_pylist():
         if any(column[row].is_valid for column in rows.columns):
             raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
-    first = pc.index_in(row_keys, value_set=row_keys)  # the first row of the same name
-    for name, column in zip(rows.column_names, rows.columns, strict=True):
-        cells = pc.fill_null(column.cast(pa.string()).combine_chunks(), "")
-        row = pc.index(pc.equal(cells, cells.take(first)), False).as_py()
-        if row >= 0:
-            pair = (first[row].as_py(), row)
-            lines = " and ".join(str(line_of(path, number)) for number in pair)
-            values = " and ".join(f"'{quote(cells[number].as_py(), 80)}'" for number in pair)
-            raise DataError(f"{path}, lines {lines}, column {name}: {values} for {_quote(row_names[row:])}")
+    if len(row_keys.unique()) < len(row_keys):
+        first = pc.index_in(row_keys, value_set=row_keys)  # the first row of the same name
+        for name, column in zip(rows.column_names, rows.columns, strict=True):
+            cells = pc.fill_null(column.cast(pa.string()).combine_chunks(), "")
+            row = pc.index(pc.equal(cells, cells.take(first)), False).as_py()
+            if row >= 0:
+                pair = (first[row].as_py(), row)
+                lines = " and ".join(str(line_of(path, number)) for number in pair)
+                values = " and ".join(f"'{quote(cells[number].as_py(), 80)}'" for number in pair)
+                raise DataError(f"{path}, lines {lines}, column {name}: {values} for {_quote(row_names[row:])}")
     place = pc.index_in(keys, value_set=row_keys)
     alone = names.filter(place.is_null()).unique()
     total = len(names.unique())
