@@ -1,4 +1,4 @@
-"""Train a network on shards. The commands, which `model/runs/commands.py` and `use.py` define:
+"""Train a network on shards. The commands, which `model/runs/commands.py` and `score_commands.py` define:
 
     python -m train --shards shards --run runs/first --lr 1e-4        train, or resume
     python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value

@@ -48,7 +48,13 @@ ALLOWED = {
 # Heavy packages, and the modules that may import them: all else starts fast, and works without them.
 IMPORTERS = {
     "torch": ("model", "train", "pipeline.stream.loader"),
-    "click": ("pipeline.cli", "pipeline.command", "pipeline.console", "model.runs.commands", "model.runs.use"),
+    "click": (
+        "pipeline.cli",
+        "pipeline.command",
+        "pipeline.console",
+        "model.runs.commands",
+        "model.runs.score_commands",
+    ),
 }
 
 

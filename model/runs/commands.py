@@ -4,51 +4,33 @@ Commands import modules that need torch only when they run, so `--help` and usag
 """
 
 import gc
-import json
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from model.names import check_arch, published
-from model.runs import use
-from model.runs.config import (
-    SCORED_BY,
-    TRAINED_BY,
-    Config,
-    Setup,
-    check_conflicts,
-    check_runs,
-    is_reported,
-    open_start,
-    read_config,
-    resolve_config,
-    run_option,
-    say_finished,
-)
+from model.runs import score_commands
+from model.runs.config import SCORED_BY, TRAINED_BY, Config, Setup, check_options, check_runs, is_finished, read_config
+from model.runs.score_commands import TRAIN, Place, print_run, repeat
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
-from pipeline.base.store import read_bytes
 from pipeline.base.tabular import Table
 from pipeline.command import FILE, Fields, Several, command, pictures_option
 from pipeline.console import count_of, echo, refuse_usage, say_next
 
 if TYPE_CHECKING:
     from model.runs.run import Run
-    from model.runs.sweep import Point, Sweep, Trial
-    from model.runs.sweep_report import Setting
+    from model.runs.sweep import Figures, Point
 
-# Options that a sweep may get more values of later.
-SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")
+SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")  # options that a sweep may get more values of later
 Train = Callable[..., None]  # train.train
-sweep_option = partial(option, group="sweep")
 
 
 class TrainByDefault(click.Group):
@@ -81,9 +63,9 @@ def main() -> None:
 class Cross:
     """Options of `cross`."""
 
-    out: Path = run_option(..., "Folder of the runs and of the page.")
-    runs: tuple[Path, ...] = run_option(
-        (), "Also score this run, such as adopted weights; may be repeated.", flag="run", metavar="RUN"
+    out: Path = option(..., "Folder of the runs and of the page.", group="run")
+    runs: tuple[Path, ...] = option(
+        (), "Also score this run, such as adopted weights; may be repeated.", flag="run", group="run", metavar="RUN"
     )
     png: Path | None = pictures_option()
 
@@ -101,28 +83,28 @@ class Embedding:
 class Search:
     """Options of `sweep`."""
 
-    sweep: Path = sweep_option(..., "Folder of the sweep; processes and machines that share it share the work.")
-    sampler: str = sweep_option("grid", "tpe: search between the values given.", choices=("grid", "tpe"))
-    trials: int | None = sweep_option(None, "With tpe: maximum number of trials.", low=1)
+    sweep: Path = option(..., "Folder; processes and machines that share it share the work.", group="sweep")
+    sampler: str = option("grid", "tpe: search between the values given.", choices=("grid", "tpe"), group="sweep")
+    trials: int | None = option(None, "With tpe: maximum number of trials.", low=1, group="sweep")
     png: Path | None = pictures_option()
-    check: bool = use.CHECK
 
 
 @command(
     "train",
-    use.Place,
-    Fields(Setup, TRAINED_BY),
+    Place,
+    Fields(Setup, (*TRAINED_BY, "check")),
     Config,
     example="python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
 )
 @click.pass_obj
-def train_command(train: Train, place: use.Place, setup: Setup, config: Config) -> int:
+def train_command(train: Train, place: Place, setup: Setup, config: Config) -> int:
     """Train a network on shards; the same command continues an interrupted run."""
-    if place.check:
-        return _check(config, setup)
+    if setup.check:
+        check_options(config, setup)
+        return 0
     setup = setup.checked()
     if "RANK" not in os.environ and is_finished(config, setup, place.run):
-        use.print_run(place.run)
+        print_run(place.run)
         return 0
     from model.ranks import join_ranks, listen
     from model.runs.run import open_run
@@ -131,7 +113,7 @@ def train_command(train: Train, place: use.Place, setup: Setup, config: Config) 
     with join_ranks() as ranks:
         train(open_run(config, setup, place.run, ranks))
         if ranks.is_first:
-            use.print_run(place.run)
+            print_run(place.run)
     return 0
 
 
@@ -168,7 +150,7 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
         write_cross(given.out, matrix, last)
     tabulate_cross(matrix, MACRO).print()
     echo(f"{given.out / 'cross.html'}: the same by label")
-    say_next(*use.TRAIN, "predict", "--run", last.folder, "--out", "scores.csv", "IMAGES")
+    say_next(*TRAIN, "predict", "--run", last.folder, "--out", "scores.csv", "IMAGES")
     return 0
 
 
@@ -219,28 +201,10 @@ def networks_command() -> int:
     return 0
 
 
-def _check(config: Config, setup: Setup) -> int:
-    """Check options before there are shards. Raises SettingError."""
-    pretrained = setup.init is None if config.pretrained is None else config.pretrained
-    check_conflicts(replace(config, init=str(setup.init) if setup.init else None, pretrained=pretrained))
-    return 0
-
-
-def is_finished(config: Config, setup: Setup, folder: Path) -> bool:
-    """Whether this run is already trained and reported, in which case a message says so; needs no torch."""
-    if not is_reported(folder):
-        return False
-    start = open_start(config, setup.init)
-    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(folder):
-        return False  # `begin_run` reports the difference
-    say_finished(folder, json.loads(read_bytes(folder / "metrics.jsonl").splitlines()[-1])["step"])
-    return True
-
-
 @command(
     "sweep",
     Search,
-    Fields(Setup, TRAINED_BY),
+    Fields(Setup, (*TRAINED_BY, "check")),
     Fields(Config, several=True),
     example='python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
 )
@@ -255,13 +219,17 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     refuse_usage((search.sampler == "tpe") != (search.trials is not None), together)
     lists = {name: tried for name, tried in given.items() if isinstance(tried, Several)}
     base = Config(**given | {name: tried[0] for name, tried in lists.items()})
-    if search.check:
-        return _check(base, setup)
+    if setup.check:
+        check_options(base, setup)
+        return 0
     setup = setup.checked()
     with needs("sweep"):
         from model.runs.sweep import Sweep, list_trials, open_sweep, run_sweep
-        from model.runs.sweep_report import compare_settings, write_sweep_report
+        from model.runs.sweep_report import compare_settings, print_sweep, write_sweep_report
+    import torch
+
     from model.ranks import listen
+    from model.runs.results import measure_run
     from model.runs.run import open_run
 
     listen()
@@ -270,6 +238,14 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
 
     def make(point: "Point", folder: Path) -> "Run":
         return open_run(replace(base, **point), setup, folder)
+
+    def train_point(point: "Point", folder: Path) -> "Figures":
+        run = make(point, folder)
+        torch.compiler.reset()  # else it gives up after several networks in one process
+        gc.collect()  # a failed trial's traceback keeps its memory
+        torch.cuda.empty_cache()
+        train(run)
+        return measure_run(run)
 
     # Refuse a value that conflicts with the options before any point is trained.
     points: list[Point] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
@@ -286,68 +262,21 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0)
     open_sweep(sweep)  # first, so that a sweep with other options keeps its report
     try:
-        run_sweep(sweep, partial(train_trial, train, make))
+        run_sweep(sweep, train_point)
     finally:  # even after an error in one trial: report the others
         trials = list_trials(sweep)
         settings = compare_settings(run, trials)
-        then = [*use.TRAIN, *_use_setting(sweep.folder, settings[0].trials)] if settings else []
+        best = repeat("--run", [trial.folder for trial in settings[0].trials]) if settings else []
+        then = [*TRAIN, "predict", *best, "--out", "scores.csv", "IMAGES"] if settings else []
+        if len(best) > 2:  # runs with several seeds: their ensemble
+            then = [*TRAIN, "evaluate", *best, "--out", sweep.folder / "ensemble"]
         with pictures(search.png):
             write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
-    return _print_sweep(sweep, trials, settings, then)
-
-
-def _print_sweep(
-    sweep: "Sweep", trials: "Sequence[Trial]", settings: "Sequence[Setting]", then: Sequence[object]
-) -> int:
-    """Print the results of a sweep; returns the exit code."""
-    from model.runs.sweep import rank
-    from model.runs.sweep_report import tabulate_settings, tabulate_trials
-
-    failed = sum(trial.state == "failed" for trial in trials)
-    complete = sum(len(setting.trials) for setting in settings)
-    counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
-    echo(f"{sweep.folder / 'report.html'}: {counted}")
-    if complete:
-        ranked = rank(trials)
-        tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
-        echo(f"trial {ranked[0].number} is the best: {ranked[0].folder}")
-        if complete > 1:
-            tabulate_settings(settings, sweep.choice).print()
+    print_sweep(sweep, trials, settings)
+    if settings:
         say_next(*then)
-    return 1 if failed and not complete else 0
+    return 0 if settings or all(trial.state != "failed" for trial in trials) else 1
 
 
-def _use_setting(folder: Path, trials: "Sequence[Trial]") -> list[object]:
-    """What to run with the trials of the best setting: their ensemble, if they are several."""
-    if len(trials) > 1:
-        return ["evaluate", *use.repeat("--run", [trial.folder for trial in trials]), "--out", folder / "ensemble"]
-    return ["predict", "--run", trials[0].folder, "--out", "scores.csv", "IMAGES"]
-
-
-def train_trial(train: Train, make: Callable[..., "Run"], point: "Point", folder: Path) -> Mapping[str, float | None]:
-    """Train a point of a sweep in its run folder; returns the run's results."""
-    import torch
-
-    from model.runs.results import measure_run
-
-    run = make(point, folder)
-    torch.compiler.reset()  # else it gives up after several networks in one process
-    gc.collect()  # a failed trial's traceback keeps its memory
-    torch.cuda.empty_cache()
-    train(run)
-    return measure_run(run)
-
-
-for each in (
-    train_command,
-    cross_command,
-    embed_command,
-    networks_command,
-    sweep_command,
-    use.adopt_command,
-    use.evaluate_command,
-    use.predict_command,
-    use.export_command,
-    use.localize_command,
-):
+for each in (train_command, cross_command, embed_command, networks_command, sweep_command, *score_commands.COMMANDS):
     main.add_command(each)

@@ -6,23 +6,14 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from model.names import (
-    ARCHITECTURES,
-    AUGMENTATIONS,
-    FUSIONS,
-    HUB,
-    LOSSES,
-    check_arch,
-    has_weights,
-    own_input,
-    parse_shape,
-    published,
-)
+from model import names
+from model.names import AUGMENTATIONS, check_arch, own_input, parse_shape
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import hash_file, read_object
 from pipeline.base.options import check_values, list_options, option
@@ -40,22 +31,27 @@ if TYPE_CHECKING:
     from model.ranks import Ranks
     from pipeline.stream.dataset import Shards
 
+ARCH, IMAGE_SIZE, SHARDS = "resnet50", "320", ("shards",)  # defaults; this size for networks without a fixed one
 HELD_OUT = 0.05  # share of the patients, if the shards have no dev split
 ENSEMBLE = "ensemble.json"  # in the folder of an ensemble, instead of config.json
-SHARDS = ("shards",)  # default
-SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
 TEACHER_SCORES = "scores-train.arrow"
-ARCH = "resnet50"  # default
-IMAGE_SIZE = "320"  # default, for networks without a fixed input size
+# Help that is too long for the line of its option.
+ARCH_HELP = f"{', '.join(names.ARCHITECTURES)}, or timm/NAME for any network of timm."
 SIZE, SIZE_HELP = "SIDE|HEIGHTxWIDTH", "Size of the input in pixels, to which images are stretched: 320, or 448x384."
+AUGMENT_HELP = "crop: affine maps and crops; robust: also random sharpness, noise and borders, on equalized images."
+DEV_HELP = "Fraction of the training patients to hold out as dev."
+OUTPUTS_HELP = "What the outputs of --init are, in their order, if its file does not say."
+CHOICE_HELP = "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 patients of each class there."
+SHARDS_HELP = "Folder of shards, or its URL: https://… or s3://…; several are read as one."
+INIT_HELP = "Start from this file, a run, published chest weights (listed by `networks`), or hf-hub:OWNER/NAME/FILE."
 
 
 def parse_names(text: str) -> tuple[str, ...]:
     """Names separated by commas, those of labels in any case. Raises DataError for an empty name."""
-    names = [name.strip() for name in text.split(",")]
-    if "" in names:
+    words = [word.strip() for word in text.split(",")]
+    if "" in words:
         raise DataError(f"'{text}' is not like projection,sex")
-    return tuple(find_label(name) or name for name in names)
+    return tuple(find_label(word) or word for word in words)
 
 
 def parse_choice(text: str) -> tuple[str, ...]:
@@ -70,26 +66,23 @@ def name_choice(text: str) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes, from text like 500MB, 20GB or 1.5TB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", text)
-    if match is None:
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])B", text)) is None:
         raise DataError(f"'{text}' is not like 500MB, 20GB or 1.5TB")
     return int(float(match[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[match[2]])
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
     """Positive numbers, separated by commas."""
-    try:
-        shares = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        shares = ()
-    if not shares or not all(0 < share < math.inf for share in shares):
-        raise DataError(f"'{text}' is not like 0.7,0.3")
-    return shares
+    with suppress(ValueError):
+        shares = tuple(map(float, text.split(",")))
+        if all(0 < share < math.inf for share in shares):
+            return shares
+    raise DataError(f"'{text}' is not like 0.7,0.3")
 
 
 def parse_initial(text: str) -> Path:
     """The path of weights to start from; a published encoder's name and `hf-hub:…` are returned as paths too."""
-    if not (Path(text).exists() or text in published() or text.startswith(HUB)):
+    if not (Path(text).exists() or text in names.published() or text.startswith(names.HUB)):
         raise DataError(f"Path '{text}' does not exist, and `python -m train networks` lists no such weights.")
     return Path(text)
 
@@ -101,33 +94,23 @@ run_option, data_option, label_option, network_option, optimization_option = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run's outcome, in the order of config.json."""
+    """Everything that decides a run's outcome, in the order of config.json.
 
-    # Empty: that of the initial weights, once resolved, or ARCH
-    arch: str = network_option(
-        "",
-        f"{', '.join(ARCHITECTURES)}, or timm/NAME for any network of timm.",
-        check=check_arch,
-        metavar="NAME",
-        shown=f"that of --init, else {ARCH}",
-    )
+    `resolve_config` fills in what is empty or None here.
+    """
+
+    arch: str = network_option("", ARCH_HELP, check=check_arch, metavar="NAME", shown=f"that of --init, else {ARCH}")
     lr: float = optimization_option(1e-4, "Peak learning rate.", low=0, open=True)
     weight_decay: float = optimization_option(1e-2, "AdamW weight decay.", low=0)
     batch_size: int = optimization_option(64, low=2)
     epochs: int = optimization_option(5, low=1)
-    # Empty: the network's default, once resolved
     image_size: str = network_option(
         "", SIZE_HELP, check=parse_shape, metavar=SIZE, shown=f"that of --init, of timm's network, or {IMAGE_SIZE}"
     )
     amp: str = optimization_option("auto", "Mixed precision.", choices=("auto", "bf16", "fp16", "off"))
     ema: float = optimization_option(0.999, "Decay of the averaged weights.", low=0, high=1)
     keep: str = run_option("best", "Weights to keep: the best on dev, or the last.", choices=("best", "last"))
-    augment: str = data_option(
-        "affine",
-        "crop: affine maps and random crops; robust: also random sharpness, noise and borders, on equalized images.",
-        choices=tuple(AUGMENTATIONS),
-    )
-    # Empty: the shards' policies, once resolved
+    augment: str = data_option("affine", AUGMENT_HELP, choices=tuple(AUGMENTATIONS))
     uncertain: str = label_option(
         "", UNCERTAIN_HELP, check=parse_uncertain_policy, metavar="POLICY", shown="the shards'"
     )
@@ -138,24 +121,17 @@ class Config:
         LABELS, "Learn only these.", choices=LABELS, split=parse_labels, metavar="A,B", shown="all 14"
     )
     views: str = data_option("all", "Use only these of the shards' views.", choices=VIEWS)
-    where: tuple[str, ...] = data_option(
-        (), "Use only these images: sex=Female, age>=60, Edema=1.", metavar="CONDITION"
-    )
+    where: tuple[str, ...] = data_option((), "Only these images: sex=Female, age>=60, Edema=1.", metavar="CONDITION")
     limit: int | None = data_option(None, "Train on at most this many images, of whole patients.", low=1)
     balance: str | None = data_option(
         None, "Draw this label's positives as often as its negatives.", choices=LABELS, metavar="LABEL"
     )
-    max_bad: float = data_option(
-        0.0, "Fraction of a split's images that may be damaged, and are skipped.", low=0, high=1
-    )
-    loss: str = optimization_option("bce", "aucm: the AUC margin loss.", choices=LOSSES)
+    max_bad: float = data_option(0.0, "Fraction of a split that may be damaged, and is skipped.", low=0, high=1)
+    loss: str = optimization_option("bce", "aucm: the AUC margin loss.", choices=names.LOSSES)
     pos_weight: bool = optimization_option(False, "Weight positives by their inverse frequency in train.")
     accumulate: int = optimization_option(1, "Compute each batch in this many parts, to save memory.", low=1)
-    eval_every: int | None = run_option(
-        None, "Evaluate on dev this often.", low=1, metavar="STEPS", shown="once per epoch"
-    )
+    eval_every: int | None = run_option(None, "Steps between evaluations on dev.", low=1, shown="once per epoch")
     patience: int | None = run_option(None, "Stop after this many evaluations without improvement.", low=1)
-    # None: if there are such weights and no others to start from; once resolved, True or False
     pretrained: bool | None = network_option(
         None, "Start from the network's published weights (downloads them).", shown="if it has any, and without --init"
     )
@@ -163,49 +139,26 @@ class Config:
     init_terms: str = ""  # license and training data of these weights
     adopted: str = ""  # weights file, if the run uses these weights without training
     init_labels: tuple[str, ...] = network_option(
-        (),
-        "What the outputs of --init are, in their order, if its file does not say.",
-        split=parse_names,
-        metavar="A,B",
-        shown="not known: a new last layer",
+        (), OUTPUTS_HELP, split=parse_names, metavar="A,B", shown="not known: a new last layer"
     )
     compile: bool = optimization_option(False, "Compile the network with torch.compile.")
     teacher: str | None = None  # sha256 of its scores, if a label is selftrained
-    sync_bn: bool = optimization_option(
-        False, "With torchrun: BatchNorm over the whole batch instead of each rank's part."
-    )
-    fusion: str | None = network_option(None, "Train on studies, pooling their views this way.", choices=FUSIONS)
-    freeze: bool = network_option(
-        False, "Keep the weights of --init or --pretrained; train only the last layer, or what fusion adds."
-    )
-    dev: float | None = data_option(
-        None,
-        "Fraction of training patients held out as dev.",
-        low=0,
-        high=1,
-        open=True,
-        shown=f"{HELD_OUT:g} if the shards have no dev split",
-    )
+    sync_bn: bool = optimization_option(False, "With torchrun: BatchNorm over the whole batch, not each rank's part.")
+    fusion: str | None = network_option(None, "Train on studies, pooling their views this way.", choices=names.FUSIONS)
+    freeze: bool = network_option(False, "Keep the initial weights; train only the last layer, or what fusion adds.")
+    dev: float | None = data_option(None, DEV_HELP, low=0, high=1, open=True, shown=f"{HELD_OUT:g} without a dev split")
     mix: tuple[float, ...] = data_option(
         (), "Sampling fraction of each folder.", split=parse_shares, metavar="0.7,0.3", shown="by size"
     )
     balance_over: tuple[str, ...] = data_option(
         (), "With --balance: stratify by these columns.", split=parse_names, metavar="COLUMN,…"
     )
-    layer_decay: float = optimization_option(
-        1.0, "Learning rate of each block, as a fraction of the next one's.", low=0, high=1
-    )
-    # Mean and standard deviation that normalize gray levels; empty: the shards'.
-    input_scale: tuple[float, ...] = ()
+    layer_decay: float = optimization_option(1.0, "Each block's learning rate, over the next one's.", low=0, high=1)
+    input_scale: tuple[float, ...] = ()  # mean and standard deviation that normalize gray levels; (): the shards'
     # Earlier values of `epochs`, each trained to the end of its schedule; ignored if configurations are compared.
     extended: tuple[int, ...] = field(default=(), compare=False)
     equalize: bool = False  # whether the network equalizes its input, if it is or was `robust`
-    choose_by: str = run_option(
-        "all",
-        "Labels whose mean AUROC on dev chooses the checkpoint; all: those with 10 patients of each class there.",
-        check=parse_choice,
-        metavar="all|competition|A,B",
-    )
+    choose_by: str = run_option("all", CHOICE_HELP, check=parse_choice, metavar="all|competition|A,B")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -234,15 +187,9 @@ class Setup:
     )
     shared_images: bool = data_option(False, "Allow images the weights were trained on.")
     workers: int = run_option(share_of_cores, "Decoding threads.", low=1, shown="cores")
-    init: Path | None = network_option(
-        None,
-        "Start from this file, a run, published chest weights (listed by `networks`), or hf-hub:OWNER/NAME/FILE.",
-        parse=parse_initial,
-        metavar="FILE",
-    )
-    teacher: Path | None = label_option(
-        None, "With the policy selftrained: learn from this run's scores.", metavar="RUN"
-    )
+    init: Path | None = network_option(None, INIT_HELP, parse=parse_initial, metavar="FILE")
+    teacher: Path | None = label_option(None, "With policy selftrained: learn from this run's scores.", metavar="RUN")
+    check: bool = run_option(False, "Only check the options, which needs no shards.")
     strict: bool = label_option(False, "Refuse labels with one class in train instead of warning.")
     wandb: str | None = run_option(None, "Send the logs to Weights & Biases too.", metavar="PROJECT")
     mlflow: str | None = run_option(None, "Send the logs to MLflow too.", metavar="EXPERIMENT")
@@ -268,7 +215,7 @@ class Setup:
 
 READ = ("shards", "cache", "cache_size")
 SCORED_BY = (*READ, "shared_images", "workers")  # options of commands that score shards
-TRAINED_BY = [name for name in list_options(Setup) if name != "shared_images"]  # of commands that train
+TRAINED_BY = [name for name in list_options(Setup) if name not in ("shared_images", "check")]  # of commands that train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,18 +223,14 @@ class Assessment:
     """How a split is scored, and how the scores are evaluated."""
 
     split: str = option("valid", "Split to score; --shards may differ from the training shards.")
-    against: tuple[Path, ...] = option(
-        (), "Compare with this run; a run on studies may be compared with several.", metavar="RUN"
-    )
+    against: tuple[Path, ...] = option((), "Compare with this run; of runs on studies, with several.", metavar="RUN")
     sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
     study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
     where: tuple[str, ...] = option(
-        (), "Score the images that meet this, instead of the run's own conditions: sex=Male.", metavar="CONDITION"
+        (), "Conditions of the images, in place of the run's: sex=Male.", metavar="CONDITION"
     )
     views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
-    readers: tuple[Path, ...] = option(
-        (), "Add this reader as a point to the ROC curves; may be repeated.", metavar="CSV"
-    )
+    readers: tuple[Path, ...] = option((), "Add this reader as a point to the ROC curves; repeatable.", metavar="CSV")
     sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")
     out: Path | None = option(None, "Folder of an ensemble's results.", shown="the runs' names, beside the first")
 
@@ -302,10 +245,10 @@ def list_shards(folder: Path) -> tuple[str, ...]:
     folder = read_members(folder)[0]
     try:
         lines = (folder / "environment.jsonl").read_text().splitlines()
-        names = tuple(map(str, json.loads(lines[-1])["shards"]))
+        paths = tuple(map(str, json.loads(lines[-1])["shards"]))
     except (OSError, ValueError, LookupError, TypeError):
         return ()
-    return tuple(name if "://" in name else os.path.relpath(folder / name) for name in names)
+    return tuple(path if "://" in path else os.path.relpath(folder / path) for path in paths)
 
 
 def check_runs(runs: Sequence[Path]) -> None:
@@ -386,6 +329,12 @@ def check_conflicts(config: Config) -> None:
             raise SettingError(f"`{name}` needs {' or '.join(f'`{other}`' for other in others)}")
 
 
+def check_options(config: Config, setup: Setup) -> None:
+    """Check options before there are shards. Raises SettingError."""
+    pretrained = setup.init is None if config.pretrained is None else config.pretrained
+    check_conflicts(replace(config, init=str(setup.init) if setup.init else None, pretrained=pretrained))
+
+
 def check_config(config: Config, ranks: "Ranks") -> None:
     """Raise SettingError for values that are invalid, contradict each other, or do not work with these ranks."""
     import torch  # here, because it takes seconds
@@ -427,34 +376,28 @@ def resolve_config(config: Config, shards: "Shards", teacher: Path | None, start
     if config.dev is not None and "dev" in manifest.splits:
         images = manifest.splits["dev"].samples
         raise SettingError(f"`dev` is for shards without a dev split; {shards} have one, of {images:,} images")
+    known = [label for label in LABELS if label in config.labels]
+    annotated = tuple(label for label in known if label not in manifest.not_annotated)  # others learn no score
+    if known and not annotated:
+        raise SettingError(f"`labels`: nobody annotated {', '.join(known)} in {shards}; choose others")
     arch = config.arch or (start.arch if start else "") or ARCH
     own = own_input(arch)
-    scale: tuple[float, ...] = (own.mean, own.std) if own else ()
     return replace(
         config,
         arch=arch,
         uncertain=uncertain,
         blank=check_blank_policy(choose_policy("blank", config.blank, manifest.policies)),
         manifest=shards.digest,
-        pretrained=start is None and has_weights(arch) if config.pretrained is None else config.pretrained,
+        pretrained=start is None and names.has_weights(arch) if config.pretrained is None else config.pretrained,
         teacher=teacher_digest(teacher, shards) if teacher else None,
         init=start.digest if start else None,
         init_terms=start.terms if start else "",
-        labels=_choose_labels(config.labels, shards),
+        labels=annotated or config.labels,
         dev=config.dev or (None if "dev" in manifest.splits else HELD_OUT),
         image_size=config.image_size or (start.size if start else "") or (own.size if own else IMAGE_SIZE),
-        input_scale=(start.scale if start else ()) or scale,
+        input_scale=(start.scale if start else ()) or ((own.mean, own.std) if own else ()),
         equalize=AUGMENTATIONS[config.augment].robust or (start is not None and start.equalize),
     )
-
-
-def _choose_labels(labels: Sequence[str], shards: "Shards") -> tuple[str, ...]:
-    """The annotated labels, in the order of LABELS: scores of others would be meaningless."""
-    known = [label for label in LABELS if label in labels]
-    chosen = tuple(label for label in known if label not in shards.manifest.not_annotated)
-    if known and not chosen:
-        raise SettingError(f"`labels`: nobody annotated {', '.join(known)} in {shards}; choose others")
-    return chosen or tuple(labels)
 
 
 def teacher_digest(teacher: Path, shards: "Shards") -> str:
@@ -463,10 +406,9 @@ def teacher_digest(teacher: Path, shards: "Shards") -> str:
         return hashlib.sha256(read_bytes(teacher / TEACHER_SCORES)).hexdigest()
     except FileNotFoundError:
         options = " ".join([*(f"--shards {folder.name}" for folder in shards.folders), f"--run {teacher}"])
+        missing, command = "best.pt", f"python -m train {options} --uncertain ignore"
         if any((teacher / file).exists() for file in ("best.pt", ENSEMBLE)):
             missing, command = TEACHER_SCORES, f"python -m train evaluate {options} --split train"
-        else:
-            missing, command = "best.pt", f"python -m train {options} --uncertain ignore"
         raise DataError(f"{teacher}: no {missing}; first run: {command}") from None
 
 
@@ -474,6 +416,16 @@ def is_reported(folder: Path) -> bool:
     """Whether the folder has all files of a finished run; the model card is written last."""
     files = ("last.pt", "calibration.json", "evaluation-dev.json", "scores-dev.arrow", "report.html")
     return all((folder / name).exists() for name in (*files, "model-card.md"))
+
+
+def is_finished(config: Config, setup: Setup, folder: Path) -> bool:
+    """Whether this run is already trained and reported, in which case a message says so; needs no torch."""
+    if not is_reported(folder):
+        return False
+    if resolve_config(config, setup.open(), setup.teacher, open_start(config, setup.init)) != read_config(folder):
+        return False  # `begin_run` reports the difference
+    say_finished(folder, json.loads(read_bytes(folder / "metrics.jsonl").splitlines()[-1])["step"])
+    return True
 
 
 def say_finished(folder: Path, steps: int) -> None:

@@ -20,6 +20,7 @@ from model.runs.sweep import Sweep, Trial, rank
 from pipeline.base import pages
 from pipeline.base.files import locked, write_atomically, write_csv
 from pipeline.base.tabular import Table
+from pipeline.console import count_of, echo
 from pipeline.measure.delong import average, measure_areas, subtract, weigh_labels
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.metrics import Figure
@@ -243,3 +244,17 @@ def draw_curves(axes: Axes, trials: Sequence[Trial], curves: Curves, choice: str
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     axes.set_ylabel(f"dev AUROC: {choice}")
+
+
+def print_sweep(sweep: Sweep, trials: Sequence[Trial], settings: Sequence[Setting]) -> None:
+    """Print the results."""
+    failed, complete = (sum(trial.state == state for trial in trials) for state in ("failed", "complete"))
+    counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
+    echo(f"{sweep.folder / 'report.html'}: {counted}")
+    if not complete:
+        return
+    ranked = rank(trials)
+    tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
+    echo(f"trial {ranked[0].number} is the best: {ranked[0].folder}")
+    if complete > 1:
+        tabulate_settings(settings, sweep.choice).print()

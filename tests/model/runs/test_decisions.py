@@ -13,7 +13,7 @@ import torch
 from pandas import read_feather as read_frame
 
 from model.predict import predict_scores
-from model.runs.use import show_number
+from model.runs.score_commands import show_number
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from pipeline.manifest import Manifest

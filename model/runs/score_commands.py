@@ -1,4 +1,4 @@
-"""Commands of train.py that use a run: evaluate, predict, export, adopt, localize.
+"""The commands of train.py that score with a run: evaluate, predict, export, adopt, localize.
 
 Modules that need torch are imported only when a command runs.
 """
@@ -6,24 +6,14 @@ Modules that need torch are imported only when a command runs.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.runs.config import (
-    READ,
-    SCORED_BY,
-    Assessment,
-    Config,
-    Setup,
-    check_runs,
-    learned_columns,
-    read_config,
-    run_option,
-)
+from model.runs.config import READ, SCORED_BY, Assessment, Config, Setup, check_runs, learned_columns, read_config
 from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
@@ -37,7 +27,6 @@ if TYPE_CHECKING:
     from model.runs.predictor import Decision, Predictor
 
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
-CHECK = run_option(False, "Only check the options, which needs no shards.")
 # Settings of `adopt`
 ADOPTED = ("arch", "init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")
 
@@ -46,16 +35,15 @@ ADOPTED = ("arch", "init_labels", "image_size", "labels", "views", "where", "bla
 class Place:
     """The run that a command makes or uses."""
 
-    run: Path = run_option(..., "Folder of the run.")
-    check: bool = CHECK
+    run: Path = option(..., "Folder of the run.", group="run")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
     """The runs, or the ensemble, that a command uses, and thresholds for decisions on their scores."""
 
-    runs: tuple[Path, ...] = run_option(
-        ..., "Folder of the run, or of an ensemble; several make an ensemble.", flag="run"
+    runs: tuple[Path, ...] = option(
+        ..., "Folder of the run, or of an ensemble; several make an ensemble.", flag="run", group="run"
     )
     threshold: str = option("none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none"))
     png: Path | None = pictures_option()
@@ -143,27 +131,6 @@ class Prediction:
     heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
 
-    def list_files(self) -> list[Path]:
-        """The image files. Before scoring, refuses unwritable output and input without images."""
-        from model.runs.views import find_images
-
-        check_folder(self.out)
-        files = find_images(self.images)
-        same = self.out.exists() and any(file.exists() and file.samefile(self.out) for file in files)
-        refuse_usage(same, f"--out {self.out} is one of the images")
-        return files
-
-    def group(self, files: Sequence[Path], predictor: "Predictor") -> dict[str, list[Path]]:
-        """The files of each scored sample, by sample name."""
-        from model.runs.views import group_files
-
-        fusion = predictor.config.fusion
-        several = fusion is not None or len(predictor.configs) > 1 or self.group_by is not None
-        alone = "--heatmaps is for single images and one run, not for studies or several networks"
-        refuse_usage(self.heatmaps is not None and several, alone)
-        by = self.group_by or (None if fusion is None else "study")
-        return group_files(files, by, math.inf if fusion is None else MOST_VIEWS)
-
 
 @command(
     "predict",
@@ -178,14 +145,26 @@ def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
     Of several runs, the mean of their calibrated scores. A run on studies scores the images of a study together;
     --group-by combines scores of images, as evaluate does.
     """
-    files = given.list_files()
+    from model.runs.views import find_images, group_files
+
+    out, by = given.out, given.group_by
+    check_folder(out)
+    files = find_images(given.images)
+    same = out.exists() and any(file.exists() and file.samefile(out) for file in files)
+    refuse_usage(same, f"--out {out} is one of the images")
     check_runs(chosen.runs)
     from model.runs.predictor import open_predictor
 
-    predictor, out = open_predictor(chosen.runs), given.out
+    predictor = open_predictor(chosen.runs)
     config = predictor.config
-    samples = given.group(files, predictor)
-    combined = given.group_by is not None and config.fusion is None
+    combined = by is not None and config.fusion is None  # scores of images
+    by_study = by is not None or config.fusion is not None
+    alone = "--heatmaps is for single images and one run, not for studies or several networks"
+    refuse_usage(given.heatmaps is not None and (by_study or len(predictor.configs) > 1), alone)
+    if config.fusion is None:
+        samples = group_files(files, by, math.inf)
+    else:
+        samples = group_files(files, by or "study", MOST_VIEWS)
     decision = predictor.decide(chosen.threshold, "study" if combined else "image")
     raw, bad = predictor.score_files(list(samples.values()), setup.workers, decision.combine)
     for file, reason in bad:
@@ -195,7 +174,6 @@ def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
         raise DataError(f"none of {count_of(len(files), 'image')} can be read; {kept}")
     scores, decided = decision.apply(config.labels, raw)
     facts = {"run": predictor.name, "shards": config.manifest, "threshold_rule": decision.rule}
-    by_study = config.fusion is not None or combined
     positive = [f"{label} positive" for label in config.labels[: decided.shape[1]]]
     rows = (
         [name, *map(show_number, values), *map(show_number, calls), *facts.values()]
@@ -279,10 +257,9 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
     config, members, calibration = predictor.config, predictor.members, decision.calibration or {}
     dataset = members[-1].dataset
     thresholds: dict[str, dict[str, float | None]] = {rule: {} for rule in RULES}
-    for label, fitted in calibration.items():
-        for rule, limit in fitted["thresholds"].items():
-            scaled = None if limit is None else float(apply_calibration(np.array([limit]), fitted)[0])
-            thresholds[rule][label] = scaled
+    for label, fit in calibration.items():
+        for rule, limit in fit["thresholds"].items():
+            thresholds[rule][label] = None if limit is None else float(apply_calibration(np.array([limit]), fit)[0])
     return {
         "labels": json.dumps(config.labels),
         "image_size": json.dumps(config.shape),
@@ -303,7 +280,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
 
 @command(
     "adopt",
-    Fields(Place, ("run",)),
+    Place,
     Fields(Setup, (*READ, "workers", "init")),
     Fields(Config, ADOPTED),
     example="python -m train adopt --init xrv:densenet121-res224-all --shards shards --run runs/xrv",
@@ -335,7 +312,7 @@ class Localization:
 
 @command(
     "localize",
-    Fields(Place, ("run",)),
+    Place,
     Localization,
     Fields(Setup, (*READ, "shared_images")),
     example="python -m train localize --run runs/first --boxes boxes.csv --split valid",
@@ -370,3 +347,6 @@ def localize_command(place: Place, given: Localization, setup: Setup) -> int:
         say("Warning: the run was trained on train, and dev chose its weights: it has seen these images")
     say_next(*TRAIN, "evaluate", "--run", folder, *repeat("--shards", setup.shards), "--split", splits[0], "--sanity")
     return 0
+
+
+COMMANDS = (adopt_command, evaluate_command, predict_command, export_command, localize_command)
