@@ -128,8 +128,11 @@ class Fields(NamedTuple):
         return values if self.several else self.kind(**values)
 
 
-def command(name: str, *kinds: type | Fields, example: str) -> Callable[[Callable[..., object]], click.Command]:
-    """Click's command, which is called with an instance of each dataclass, in order; their fields are its options."""
+def command(name: str, *kinds: type | Fields, example: str = "") -> Callable[[Callable[..., object]], click.Command]:
+    """Click's command, which is called with an instance of each dataclass, in order; their fields are its options.
+
+    Its help is the function's docstring, which may end with a paragraph "Example: …" instead of `example`.
+    """
     parts = [kind if isinstance(kind, Fields) else Fields(kind) for kind in kinds]
     params = [param for part in parts for param in _make_params(part)]
     params.sort(key=lambda param: isinstance(param, click.Option))  # arguments first, as they are typed
@@ -143,8 +146,8 @@ def command(name: str, *kinds: type | Fields, example: str) -> Callable[[Callabl
             except SettingError as error:
                 raise click.UsageError(name_options(str(error))) from None
 
-        help_text, epilog = inspect.getdoc(function), f"Example: {example}"
-        return GroupedCommand(name, callback=call, params=params, help=help_text, epilog=epilog)
+        text, _, last = (inspect.getdoc(function) or "").partition("\n\nExample: ")
+        return GroupedCommand(name, callback=call, params=params, help=text, epilog=f"Example: {example or last}")
 
     return decorate
 

@@ -84,7 +84,7 @@ def run_train(*arguments: object) -> subprocess.CompletedProcess[str]:
 def call_train(*words: object) -> int:
     """`python train.py` in this process."""
     with quick_ends():
-        return int(main.main([str(word) for word in words], standalone_mode=False, obj=train.train))
+        return main.main([str(word) for word in words], standalone_mode=False, obj=train.train) or 0
 
 
 def open_small_job(

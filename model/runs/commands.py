@@ -51,9 +51,7 @@ class TrainByDefault(click.Group):
 
 
 @click.group(
-    cls=TrainByDefault,
-    context_settings={"show_default": True},
-    epilog="The options of train: python -m train train --help",
+    cls=TrainByDefault, context_settings={"show_default": True}, epilog="See also: python -m train train --help"
 )
 def main() -> None:
     """Train networks; evaluate, apply and inspect runs. Default command: train."""
@@ -64,9 +62,7 @@ class Cross:
     """Options of `cross`."""
 
     out: Path = option(..., "Folder of the runs and of the page.", group="run")
-    runs: tuple[Path, ...] = option(
-        (), "Also score this run, such as adopted weights; may be repeated.", flag="run", group="run", metavar="RUN"
-    )
+    runs: tuple[Path, ...] = option((), "Also score this run; may be repeated.", flag="run", group="run", metavar="RUN")
     png: Path | None = pictures_option()
 
 
@@ -89,49 +85,39 @@ class Search:
     png: Path | None = pictures_option()
 
 
-@command(
-    "train",
-    Place,
-    Fields(Setup, (*TRAINED_BY, "check")),
-    Config,
-    example="python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2",
-)
+@command("train", Place, Fields(Setup, (*TRAINED_BY, "check")), Config)
 @click.pass_obj
-def train_command(train: Train, place: Place, setup: Setup, config: Config) -> int:
-    """Train a network on shards; the same command continues an interrupted run."""
+def train_command(train: Train, place: Place, setup: Setup, config: Config) -> None:
+    """Train a network on shards; the same command continues an interrupted run.
+
+    Example: python -m train --shards shards --run runs/first --lr 1e-4 --weight-decay 1e-2
+    """
     if setup.check:
         check_options(config, setup)
-        return 0
+        return
     setup = setup.checked()
-    if "RANK" not in os.environ and is_finished(config, setup, place.run):
-        print_run(place.run)
-        return 0
-    from model.ranks import join_ranks, listen
-    from model.runs.run import open_run
+    if "RANK" in os.environ or not is_finished(config, setup, place.run):
+        from model.ranks import join_ranks, listen
+        from model.runs.run import open_run
 
-    listen()
-    with join_ranks() as ranks:
-        train(open_run(config, setup, place.run, ranks))
-        if ranks.is_first:
-            print_run(place.run)
-    return 0
+        listen()
+        with join_ranks() as ranks:
+            train(open_run(config, setup, place.run, ranks))
+            if not ranks.is_first:
+                return
+    print_run(place.run)
 
 
-@command(
-    "cross",
-    Cross,
-    Fields(Setup, TRAINED_BY),
-    Config,
-    example="python -m train cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15",
-)
+@command("cross", Cross, Fields(Setup, TRAINED_BY), Config)
 @click.pass_obj
-def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> int:
+def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> None:
     """Train on each of several --shards, on all but one, and on all, and score every run on every set.
 
     Writes the matrix of AUROCs, with intervals, to cross.html. The same command continues where it was stopped.
+
+    Example: python -m train cross --shards shards/nih --shards shards/children --out runs/cross --epochs 15
     """
-    too_few = "cross needs --shards twice or more: a set is trained on, another one scored"
-    refuse_usage(len(setup.shards) < 2, too_few)
+    refuse_usage(len(setup.shards) < 2, "cross needs --shards twice or more: a set is trained on, another one scored")
     setup = setup.checked()
     check_runs(given.runs)
     from model.ranks import listen
@@ -151,69 +137,60 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> i
     tabulate_cross(matrix, MACRO).print()
     echo(f"{given.out / 'cross.html'}: the same by label")
     say_next(*TRAIN, "predict", "--run", last.folder, "--out", "scores.csv", "IMAGES")
-    return 0
 
 
-@command(
-    "embed",
-    Embedding,
-    Fields(Setup, (*SCORED_BY, "init")),
-    Fields(Config, ("pretrained", "image_size")),
-    example="python -m train embed runs/first --split train --out train.parquet",
-)
-def embed_command(given: Embedding, setup: Setup, config: Config) -> int:
+@command("embed", Embedding, Fields(Setup, (*SCORED_BY, "init")), Fields(Config, ("pretrained", "image_size")))
+def embed_command(given: Embedding, setup: Setup, config: Config) -> None:
     """Write the embeddings (input of the last layer) of a split by a run, or by a network with --init or --pretrained.
 
-    Or by a published chest encoder that `networks` lists.
+    Or by a published chest encoder that `networks` lists. The table has keys, patients, labels and embeddings, for
+    models that are fitted on top.
 
-    A table of keys, patients, labels and embeddings, for models that are fitted on top.
+    Example: python -m train embed runs/first --split train --out train.parquet
     """
-    folder, out = Path(given.source), given.out
-    started = config.pretrained or setup.init is not None
+    folder, out, is_run = Path(given.source), given.out, Path(given.source).is_dir()
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
     if given.source in published() and not folder.exists():
-        started, setup = True, replace(setup, init=folder)
-    if folder.is_dir():
+        setup = replace(setup, init=folder)
+    started = config.pretrained or setup.init is not None
+    if is_run:
         refuse_usage(started or config.image_size, f"{folder} is a run: it has its own weights and image size")
     else:
         refuse_usage(not started, f"{folder} is no folder, and a network needs --init or --pretrained")
         arch = "" if setup.init == folder else check_arch(given.source)
         config = replace(config, arch=arch, amp="off", uncertain="ignore", blank="ignore")
-    setup = setup.checked(*([folder] if folder.is_dir() else []))
+    setup = setup.checked(*([folder] if is_run else []))
     from model.runs.embeddings import embed_split, start_network, write_embeddings
     from model.runs.predictor import load_network
     from model.runs.run import Run, open_run
 
-    run = Run(read_config(folder), setup.open(), folder, setup) if folder.is_dir() else open_run(config, setup, folder)
-    network = load_network(folder, run.config) if folder.is_dir() else start_network(run)
+    run = Run(read_config(folder), setup.open(), folder, setup) if is_run else open_run(config, setup, folder)
+    network = load_network(folder, run.config) if is_run else start_network(run)
     table = embed_split(run, given.split, network)
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")
-    return 0
 
 
-@command("networks", example="python -m train networks")
-def networks_command() -> int:
-    """List published chest encoders, for --init: their input, the sets that they were trained on, and their license."""
+@command("networks")
+def networks_command() -> None:
+    """List published chest encoders, for --init: their input, the sets that they were trained on, and their license.
+
+    Example: python -m train networks
+    """
     rows = [[row.name, row.size, row.seen, row.license, row.paper] for row in published().values()]
     Table("Published chest encoders", ("--init", "pixels", "trained on", "license", "paper"), rows).print()
-    return 0
 
 
-@command(
-    "sweep",
-    Search,
-    Fields(Setup, (*TRAINED_BY, "check")),
-    Fields(Config, several=True),
-    example='python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3',
-)
+@command("sweep", Search, Fields(Setup, (*TRAINED_BY, "check")), Fields(Config, several=True))
 @click.pass_obj
 def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") -> int:
     """Train with all combinations of the values of options of `train`, such as --lr, --arch, --uncertain and --seed.
 
     Separate the values of an option by spaces or commas; --sampler tpe searches between them. Every trial is a run,
     as `train` makes it. The same command continues a sweep; started again while it runs, it shares the work.
+
+    Example: python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3" --weight-decay "1e-4 1e-2" --epochs 3
     """
     together = "--sampler tpe and --trials go together: a grid has as many trials as combinations"
     refuse_usage((search.sampler == "tpe") != (search.trials is not None), together)
@@ -224,8 +201,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
         return 0
     setup = setup.checked()
     with needs("sweep"):
-        from model.runs.sweep import Sweep, list_trials, open_sweep, run_sweep
-        from model.runs.sweep_report import compare_settings, print_sweep, write_sweep_report
+        from model.runs import sweep as sweeps
     import torch
 
     from model.ranks import listen
@@ -253,26 +229,24 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     for name, tried in lists.items():
         # Without a dev split, the seed decides which patients are dev; only then does `resolve_config` set `dev`.
         alone = name in ("choose_by", "dev", "views") or (name == "seed" and run.config.dev is not None)
-        refuse_usage(
-            alone and len(tried) > 1,
-            f"--{name.replace('_', '-')} decides what dev's AUROC is of, by which trials are compared: give one value"
-            f"{', or shards with a dev split' if name == 'seed' else ''}",
-        )
+        flag, other = f"--{name.replace('_', '-')}", ", or shards with a dev split" if name == "seed" else ""
+        text = f"{flag} decides what dev's AUROC is of, by which trials are compared: give one value{other}"
+        refuse_usage(alone and len(tried) > 1, text)
     shared = {name: value for name, value in asdict(run.config).items() if name not in values}
-    sweep = Sweep(search.sweep, values, shared, search.sampler, search.trials or 0)
-    open_sweep(sweep)  # first, so that a sweep with other options keeps its report
+    sweep = sweeps.Sweep(search.sweep, values, shared, search.sampler, search.trials or 0)
+    sweeps.open_sweep(sweep)  # first, so that a sweep with other options keeps its report
     try:
-        run_sweep(sweep, train_point)
+        sweeps.run_sweep(sweep, train_point)
     finally:  # even after an error in one trial: report the others
-        trials = list_trials(sweep)
-        settings = compare_settings(run, trials)
+        trials = sweeps.list_trials(sweep)
+        settings = sweeps.compare_settings(run, trials)
         best = repeat("--run", [trial.folder for trial in settings[0].trials]) if settings else []
         then = [*TRAIN, "predict", *best, "--out", "scores.csv", "IMAGES"] if settings else []
         if len(best) > 2:  # runs with several seeds: their ensemble
             then = [*TRAIN, "evaluate", *best, "--out", sweep.folder / "ensemble"]
         with pictures(search.png):
-            write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
-    print_sweep(sweep, trials, settings)
+            sweeps.write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
+    sweeps.print_sweep(sweep, trials, settings)
     if settings:
         say_next(*then)
     return 0 if settings or all(trial.state != "failed" for trial in trials) else 1

@@ -217,8 +217,8 @@ def write_report(
     run: Run, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
 ) -> None:
     """Write the report page of evaluated splits; `images` are their scores."""
-    settings, dataset = describe_settings(run, predictor), run.manifest.dataset
-    page = render_report(run.folder.name, settings, read_history(run.folder), [*evaluations.values()], images, dataset)
+    settings, data = describe_settings(run, predictor), run.manifest.dataset.get("title", "")
+    page = render_report(run.folder.name, settings, read_history(run.folder), [*evaluations.values()], images, data)
     write_atomically(file, page.encode())
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 # Settings of `adopt`
 ADOPTED = ("arch", "init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")
+GROUP_HELP = "Score studies: files of a folder (study), of folders in one (patient), or whose paths match this alike."
+BOXES_HELP = "CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +44,18 @@ class Place:
 class Runs:
     """The runs, or the ensemble, that a command uses, and thresholds for decisions on their scores."""
 
-    runs: tuple[Path, ...] = option(
-        ..., "Folder of the run, or of an ensemble; several make an ensemble.", flag="run", group="run"
-    )
+    runs: tuple[Path, ...] = option(..., "Folder of a run or an ensemble; several make one.", flag="run", group="run")
     threshold: str = option("none", "Also write decisions, by thresholds chosen on dev.", choices=(*RULES, "none"))
     png: Path | None = pictures_option()
 
 
-@command(
-    "evaluate",
-    Fields(Runs, ("runs", "png")),
-    Assessment,
-    Fields(Setup, SCORED_BY),
-    example="python -m train evaluate --run runs/first --split valid",
-)
-def evaluate_command(given: Runs, how: Assessment, setup: Setup) -> int:
+@command("evaluate", Fields(Runs, ("runs", "png")), Assessment, Fields(Setup, SCORED_BY))
+def evaluate_command(given: Runs, how: Assessment, setup: Setup) -> None:
     """Score the run's best checkpoint on a split; of several runs, the mean of their calibrated scores.
 
     The run's own --where and --views choose the images, unless others are given: train on one sex, score the other.
+
+    Example: python -m train evaluate --run runs/first --split valid
     """
     setup = setup.checked(*given.runs)
     from model.ranks import listen
@@ -69,10 +65,8 @@ def evaluate_command(given: Runs, how: Assessment, setup: Setup) -> int:
 
     listen()
     predictor = open_predictor(given.runs)
-    refuse_usage(
-        how.out is not None and predictor.folder is not None,
-        f"--out is for several --run: the results of {predictor.name} go into its folder",
-    )
+    alone = f"--out is for several --run: the results of {predictor.name} go into its folder"
+    refuse_usage(how.out is not None and predictor.folder is not None, alone)
     run = open_scoring(predictor, how.out, setup)
     with pictures(given.png):
         evaluation = evaluate_split(run, predictor, how)
@@ -80,7 +74,6 @@ def evaluate_command(given: Runs, how: Assessment, setup: Setup) -> int:
     for path in name_results(run, how):
         echo(f"{path}: written")
     say_next(*TRAIN, "predict", "--run", run.folder, "--out", "scores.csv", "IMAGES")
-    return 0
 
 
 def print_run(folder: Path) -> None:
@@ -122,28 +115,20 @@ class Prediction:
     out: Path = option(..., "CSV to write.", type=FILE)
     strict: bool = option(False, "Exit with 3 if an image cannot be read.")
     group_by: str | None = option(
-        None,
-        "Score studies: the files of a folder (study), those of the folders in one (patient), or those whose paths "
-        "match this with the same text.  [default: files one by one; for a run on studies, study]",
-        check=check_pattern,
-        metavar="study|patient|REGEX",
+        None, GROUP_HELP, check=check_pattern, metavar="study|patient|REGEX", shown="none; for a run on studies, study"
     )
     heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
 
 
-@command(
-    "predict",
-    Fields(Runs, ("runs", "threshold")),
-    Prediction,
-    Fields(Setup, ("workers",)),
-    example="python -m train predict --run runs/first --out scores.csv images/",
-)
+@command("predict", Fields(Runs, ("runs", "threshold")), Prediction, Fields(Setup, ("workers",)))
 def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
     """Score IMAGES (JPEG, PNG or DICOM files, or folders of them) by the run's best checkpoint: calibrated scores.
 
     Of several runs, the mean of their calibrated scores. A run on studies scores the images of a study together;
     --group-by combines scores of images, as evaluate does.
+
+    Example: python -m train predict --run runs/first --out scores.csv images/
     """
     from model.runs.views import find_images, group_files
 
@@ -161,10 +146,8 @@ def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
     by_study = by is not None or config.fusion is not None
     alone = "--heatmaps is for single images and one run, not for studies or several networks"
     refuse_usage(given.heatmaps is not None and (by_study or len(predictor.configs) > 1), alone)
-    if config.fusion is None:
-        samples = group_files(files, by, math.inf)
-    else:
-        samples = group_files(files, by or "study", MOST_VIEWS)
+    most = math.inf if config.fusion is None else MOST_VIEWS
+    samples = group_files(files, by or (None if config.fusion is None else "study"), most)
     decision = predictor.decide(chosen.threshold, "study" if combined else "image")
     raw, bad = predictor.score_files(list(samples.values()), setup.workers, decision.combine)
     for file, reason in bad:
@@ -175,11 +158,10 @@ def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
     scores, decided = decision.apply(config.labels, raw)
     facts = {"run": predictor.name, "shards": config.manifest, "threshold_rule": decision.rule}
     positive = [f"{label} positive" for label in config.labels[: decided.shape[1]]]
-    rows = (
-        [name, *map(show_number, values), *map(show_number, calls), *facts.values()]
-        for name, values, calls in zip(samples, scores.tolist(), decided.tolist(), strict=True)
-    )
-    write_csv(out, [["study" if by_study else "file", *config.labels, *positive, *facts], *rows])
+    rows: list[list[object]] = [["study" if by_study else "file", *config.labels, *positive, *facts]]
+    for name, values in zip(samples, np.hstack([scores, decided]).tolist(), strict=True):
+        rows.append([name, *map(show_number, values), *facts.values()])
+    write_csv(out, rows)
     of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if by_study else ""
     scored = count_of(len(files) - len(bad), "image")
     echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
@@ -206,17 +188,14 @@ class Export:
     out: Path = option(..., ".onnx or .pt2", type=FILE)
 
 
-@command(
-    "export",
-    Fields(Runs, ("runs", "threshold")),
-    Export,
-    example="python -m train export --run runs/first --out model.onnx",
-)
-def export_command(chosen: Runs, given: Export) -> int:
+@command("export", Fields(Runs, ("runs", "threshold")), Export)
+def export_command(chosen: Runs, given: Export) -> None:
     """Write the run's best network for other programs: uint8 images [B, 1, H, W] in, calibrated scores [B, L] out.
 
     Of several runs, one network for all. With --threshold also decisions, bool [B, L]. The L labels are those that the
     run learned, in their usual order.
+
+    Example: python -m train export --run runs/first --out model.onnx
     """
     check_folder(given.out)
     check_runs(chosen.runs)
@@ -234,19 +213,16 @@ def export_command(chosen: Runs, given: Export) -> int:
     def read_fits(fits: Mapping[str, Calibration] | None) -> list[Fit | None]:
         return [] if fits is None else [read_fit(fits[label]) for label in config.labels]
 
-    columns = learned_columns(config)
-    members = [
-        Reading(one.network, columns, one.pixels["mean"], one.pixels["std"], read_fits(one.calibration))
-        for one in predictor.members
-    ]
+    members = []
+    for member in predictor.members:
+        scale, fits = (member.pixels["mean"], member.pixels["std"]), read_fits(member.calibration)
+        members.append(Reading(member.network, learned_columns(config), *scale, fits))
     scorer = Scorer(members, read_fits(decision.calibration), decision.limits)
-    facts = describe_export(predictor, decision)
-    difference = export_scorer(scorer, config.shape, given.out, facts)
+    difference = export_scorer(scorer, config.shape, given.out, describe_export(predictor, decision))
     echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
     echo(f"its scores: {', '.join(config.labels)}")
     if given.out.suffix == ".onnx":
         say_next("python", given.out.with_name("score.py"), given.out, "IMAGES")
-    return 0
 
 
 def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, str]:
@@ -278,49 +254,36 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
     }
 
 
-@command(
-    "adopt",
-    Place,
-    Fields(Setup, (*READ, "workers", "init")),
-    Fields(Config, ADOPTED),
-    example="python -m train adopt --init xrv:densenet121-res224-all --shards shards --run runs/xrv",
-)
-def adopt_command(place: Place, setup: Setup, config: Config) -> int:
+@command("adopt", Place, Fields(Setup, (*READ, "workers", "init")), Fields(Config, ADOPTED))
+def adopt_command(place: Place, setup: Setup, config: Config) -> None:
     """Make a run of the weights of --init without training: calibrated on dev, and evaluated on dev and valid.
 
     Labels that the weights have no output for are left out.
+
+    Example: python -m train adopt --init xrv:densenet121-res224-all --shards shards --run runs/xrv
     """
     setup = setup.checked()
     from model.runs.results import adopt_weights
 
     adopt_weights(config, setup, place.run)
     print_run(place.run)
-    return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Localization:
     """Options of `localize`."""
 
-    boxes: Path = option(
-        ...,
-        "CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON.",
-        type=EXISTING_FILE,
-    )
+    boxes: Path = option(..., BOXES_HELP, type=EXISTING_FILE)
     splits: tuple[str, ...] = option(("valid",), "Split of the shards; several are pooled.", flag="split")
 
 
-@command(
-    "localize",
-    Place,
-    Localization,
-    Fields(Setup, (*READ, "shared_images")),
-    example="python -m train localize --run runs/first --boxes boxes.csv --split valid",
-)
-def localize_command(place: Place, given: Localization, setup: Setup) -> int:
+@command("localize", Place, Localization, Fields(Setup, (*READ, "shared_images")))
+def localize_command(place: Place, given: Localization, setup: Setup) -> None:
     """Measure how often the run's heat maps hit what readers marked, and how much they overlap.
 
     Baselines: chance, and the average heat map of other patients.
+
+    Example: python -m train localize --run runs/first --boxes boxes.csv --split valid
     """
     folder, splits, boxes, setup = place.run, given.splits, given.boxes, setup.checked(place.run)
     config = read_config(folder)
@@ -346,7 +309,6 @@ def localize_command(place: Place, given: Localization, setup: Setup) -> int:
     if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
         say("Warning: the run was trained on train, and dev chose its weights: it has seen these images")
     say_next(*TRAIN, "evaluate", "--run", folder, *repeat("--shards", setup.shards), "--split", splits[0], "--sanity")
-    return 0
 
 
 COMMANDS = (adopt_command, evaluate_command, predict_command, export_command, localize_command)

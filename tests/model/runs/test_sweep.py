@@ -20,9 +20,9 @@ import pytest
 import train
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import Stopped
+from model.runs import sweep as sweeps
 from model.runs.run import Run
 from model.runs.sweep import Figures, Point, Sweep, TrainPoint, Trial, begin_trial, list_trials, open_sweep, run_sweep
-from model.runs.sweep_report import compare_settings
 from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
@@ -299,7 +299,7 @@ def test_settings_are_compared_as_runs_are(
         Trial(each, {"epochs": n}, n, {}, "complete", figures={"dev_auroc": 0.9 - n / 10})
         for n, each in enumerate((trained.folder, run))
     ]
-    best, other = compare_settings(trained, trials)
+    best, other = sweeps.compare_settings(trained, trials)
     assert [setting.name for setting in (best, other)] == ["epochs 0", "epochs 1"]
     assert command("evaluate", "--run", trained.folder, "--split", "dev", "--against", run) == 0
     evaluation = read_evaluation(trained.folder / f"evaluation-dev-against-{run.name}.json")
