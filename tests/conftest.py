@@ -56,6 +56,7 @@ CELLS = ("1.0", "0.0", "-1.0", "")
 
 
 Shards = tuple[Path, Manifest]  # a folder, and its manifest
+Capture = pytest.CaptureFixture[str]
 
 
 def pytest_collection_finish() -> None:

@@ -10,17 +10,16 @@ from typing import NamedTuple
 
 import pytest
 
-import train
 from model import ranks
 from model.ranks import Stopped
-from model.runs.commands import main
 from pipeline.base.files import claimed
 from tests.conftest import REPOSITORY, default_options, make_shards, run_pipeline, start, write_chexpert
-from tests.training import Late, narrow_networks, quick_ends, run_train
+from tests.training import WORDS, Late, call_train, narrow_networks, quick_ends, run_train
 
 PAGE = REPOSITORY / "docs" / "mistakes.md"
 # Of a small run, instead of make's own; what a row types comes on top.
 SETTINGS = {"ARCH": "rescnn", "SIZE": "32", "BATCH": "8", "EPOCHS": "1", "DEV": "0.3", "LR": "1e-3", "WORKERS": "1"}
+FEW = ("--batch-size", 8, "--lr", 1e-3, "--workers", 1, "--amp", "auto")
 
 
 class Mistake(NamedTuple):
@@ -33,16 +32,8 @@ class Mistake(NamedTuple):
     remedy: str
 
 
-def read_page() -> list[Mistake]:
-    rows = [
-        [cell.strip().strip("`") for cell in line.strip("| ").split(" | ")]
-        for line in PAGE.read_text().splitlines()
-        if line.startswith("| ") and not line.startswith("| mistake")
-    ]
-    return [Mistake(*row) for row in rows]
-
-
-MISTAKES = read_page()
+ROWS = [line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+MISTAKES = [Mistake(*(cell.strip().strip("`") for cell in row)) for row in ROWS if row[0] != "mistake"]
 
 
 def type_in(line: str, folder: Path) -> tuple[int, str]:
@@ -53,14 +44,14 @@ def type_in(line: str, folder: Path) -> tuple[int, str]:
         made = start(*command, cwd=folder, **SETTINGS)
         started = folder / "started"
         calls = [part.split("\0") for part in started.read_text().split("\0\n")[:-1]] if started.exists() else []
-        code, said = made.returncode, made.stdout + made.stderr
+        code, output = made.returncode, made.stdout + made.stderr
     else:
-        code, said, calls = 0, "", [words[2 * (words[0] == "python") :]]
+        code, output, calls = 0, "", [words[2 * (words[0] == "python") :]]
     for program, *arguments in calls:
         if code == 0:
             ran = run_pipeline(*arguments, code=None) if program == "pipeline" else run_train(*arguments)
-            code, said = ran.returncode, said + ran.stderr + ran.stdout
-    return code, said
+            code, output = ran.returncode, output + ran.stderr + ran.stdout
+    return code, output
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +75,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).touch()
     for name, first in {"pipeline": "pipeline\\0", "python": ""}.items():
         program = folder / ".venv" / "bin" / name
-        program.write_text(
-            f"#!/bin/sh\nprintf '{first}' >> started\nprintf '%s\\0' \"$@\" >> started\necho >> started\n"
-        )
+        note = f"printf '{first}' >> started\nprintf '%s\\0' \"$@\" >> started\necho >> started\n"
+        program.write_text(f"#!/bin/sh\n{note}")
         program.chmod(0o755)
     return folder
 
@@ -94,13 +84,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(world: Path) -> Path:
     """The runs of the page: one that ended, one that was stopped, one that has just begun."""
-    small = "--arch rescnn --image-size 32 --batch-size 8 --epochs 1 --lr 1e-3 --workers 1".split()
     with pytest.MonkeyPatch.context() as patch, narrow_networks(), quick_ends():
         for name, looks in {"first": 10**9, "killed": 2}.items():  # before the second step
             patch.setattr(ranks, "_codes", Late(looks))
-            words = f"train --shards {world}/shards --run {world}/runs/{name}".split() + small
             with suppress(Stopped):
-                main.main(words, standalone_mode=False, obj=train.train)
+                call_train("train", "--shards", world / "shards", "--run", world / "runs" / name, *WORDS, *FEW)
     shutil.copy(world / "runs" / "first" / "config.json", world / "runs" / "begun")
     return world / "runs"
 
@@ -115,9 +103,9 @@ def test_each_mistake_prints_what_the_page_says(
         monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     busy = claimed(folder / "runs" / "busy") if "second process" in mistake.name else nullcontext()
     with narrow_networks(), quick_ends(), busy:
-        code, said = type_in(mistake.typed, folder)
+        code, output = type_in(mistake.typed, folder)
     pattern = ".*".join(re.escape(part) for part in mistake.message.split("…"))
-    assert any(re.fullmatch(pattern, line) for line in said.splitlines()), said
+    assert any(re.fullmatch(pattern, line) for line in output.splitlines()), output
     assert code == int(mistake.code)
 
 

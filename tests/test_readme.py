@@ -1,30 +1,25 @@
-import os
 import re
-import subprocess
 from pathlib import Path
 
 from docs.redraw import PICTURES, SAMPLE, draw_recording
 from docs.reference import write_reference
 from model.runs.commands import main as train
 from pipeline.cli import COMMANDS
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, start
 
 README = REPOSITORY / "README.md"
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCUMENTS = (*PAGES, CONTRIBUTING, *(REPOSITORY / "benchmarks").glob("*.md"))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def test_no_block_leaves_settings_behind_for_the_next() -> None:
     blocks = [block for page in PAGES for block in page.read_text().split("```")[1::2] if "\nexport " in block]
     assert len(blocks) >= 3
     for block in blocks:
-        ran = subprocess.run(
-            ["bash", "-c", f'make() {{ :; }}\n{re.sub(r"(pipeline|python) .*", ":", block)}\necho "[$OUT]"'],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"PATH": os.environ["PATH"]},
-        )
+        commands = re.sub(r"(pipeline|python) .*", ":", block)
+        ran = start("bash", "-c", f'make() {{ :; }}\n{commands}\necho "[$OUT]"')
         assert ran.stdout == "[]\n"
 
 
@@ -48,7 +43,7 @@ def test_every_name_that_contributing_points_to_exists() -> None:
 
 def test_every_target_that_the_documents_name_exists() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
-    for document in (*PAGES, *(REPOSITORY / "benchmarks").glob("*.md")):
+    for document in DOCUMENTS:
         named = set(re.findall(r"(?:`|^|\n)make ([a-z][a-z0-9-]*)", document.read_text()))
         assert named <= targets, document
 
@@ -61,11 +56,9 @@ def test_the_readme_is_short_and_so_is_every_page() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     """Files that exist; and headings, by the names that GitHub gives them."""
-    for page in (*PAGES, CONTRIBUTING, *(REPOSITORY / "benchmarks").glob("*.md")):
+    for page in DOCUMENTS:
         prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
-            if target.startswith("http"):
-                continue
+        for target in (target for target in LINK.findall(prose) if not target.startswith("http")):
             name, _, anchor = target.partition("#")
             file = (page.parent / name) if name else page
             assert file.exists(), f"{page.name}: {target}"
@@ -75,12 +68,9 @@ def test_every_link_leads_somewhere() -> None:
 
 
 def test_every_picture_is_small_and_shown_on_a_page() -> None:
-    linked = {
-        (page.parent / target).resolve()
-        for page in PAGES
-        for target in re.findall(r"\]\(([^)\s]+\.(?:png|jpg|svg))\)", page.read_text())
-        if "://" not in target
-    }
+    targets = [(page.parent, target) for page in PAGES for target in LINK.findall(page.read_text())]
+    pictured = (".png", ".jpg", ".svg")
+    linked = {(at / target).resolve() for at, target in targets if target.endswith(pictured) and "://" not in target}
     pictures = {path.resolve() for path in PICTURES.iterdir()}
     assert linked == pictures
     assert {path.name for path in pictures if path.stat().st_size > 300_000} == set()
@@ -99,13 +89,8 @@ def test_the_sample_is_small_and_tells_nothing_of_the_machine_that_made_it() -> 
 
 
 def test_a_recording_plays_its_lines_without_the_long_waits() -> None:
-    lines = [
-        (0.0, "$ make it\n"),
-        (99.0, "\x1b[32mgreen\x1b[0m <1>\n"),
-        (99.0, "\x1b[?25h\n"),
-        (99.1, "x" * 150 + "\n"),
-    ]
-    svg = draw_recording(lines)
+    lines = [(0.0, "$ make it\n"), (99.0, "\x1b[32mgreen\x1b[0m <1>\n"), (99.0, "\x1b[?25h\n")]
+    svg = draw_recording([*lines, (99.1, "x" * 150 + "\n")])
     shown = ["$&#160;make&#160;it", "green", "&#160;&lt;1&gt;", "x" * 100, "x" * 50]
     assert re.findall(r"<text[^>]*>([^<\n]+)</text>", svg) == shown
     assert "animation: 10.6s" in svg  # of which 0.5 s are the pause, and 10 its end

@@ -8,8 +8,11 @@ import pytest
 
 import train
 from model.runs.run import Run
-from pipeline.manifest import Manifest
+from tests.conftest import Shards
 from tests.training import WORDS, call_train, narrow_networks, open_small_job, quick_ends
+
+Make = Callable[..., Run]
+Command = Callable[..., int]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,7 +22,7 @@ def quick_training() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[..., Run]:
+def make_job(sample_shards: Shards, tmp_path: Path) -> Make:
     """A small job on the sample, in a folder of that name; keyword arguments change its configuration."""
 
     def make(run: str, *, shards: Path = sample_shards[0], **changes: object) -> Run:
@@ -29,7 +32,7 @@ def make_job(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture(scope="session")
-def whole(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(sample_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a small job that nothing interrupted. Read it, and change nothing."""
     with narrow_networks(), quick_ends():
         job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
@@ -46,7 +49,7 @@ def trained(whole: Path, make_job: Callable[..., Run]) -> Run:
 
 
 @pytest.fixture(scope="session")
-def one_epoch(sample_shards: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one_epoch(sample_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one epoch, by the command. Read it, and change nothing."""
     run = tmp_path_factory.mktemp("trained") / "run"
     with narrow_networks():
@@ -60,7 +63,7 @@ def run(one_epoch: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def command(sample_shards: tuple[Path, Manifest]) -> Callable[..., int]:
+def command(sample_shards: Shards) -> Command:
     """`python train.py` with options for a small run on the sample; the arguments come on top."""
 
     def call(name: str, *arguments: object) -> int:

@@ -13,18 +13,9 @@ from model.runs.report import draw_training, render_model_card, render_report
 from pipeline.base.pages import pictures, show_setting
 from pipeline.base.tabular import Table
 from pipeline.look import judged
+from pipeline.measure import evaluate
 from pipeline.measure.belief import add_belief
-from pipeline.measure.evaluate import (
-    ALTERED,
-    MEMBERS,
-    Scored,
-    add_comparisons,
-    add_other,
-    add_readers,
-    assess,
-    calibrate,
-    study_level,
-)
+from pipeline.measure.evaluate import Scored, assess, calibrate
 from pipeline.measure.evaluation import MEANS, Evaluation
 
 NAMES = ["Edema", "Pleural Effusion", "Fracture", "Rare"]
@@ -64,13 +55,13 @@ def images() -> Scored:
 def evaluation(images: Scored) -> Evaluation:
     result = assess(NAMES, images, calibrate(NAMES, draw_images(1)), split="valid")
     add_belief(result, images, {"Male": (images.sex == "Male") * 1.0}, {"sex": images.sex})
-    add_other(result, images, "runs/other", images.scores[::-1])
+    evaluate.add_other(result, images, "runs/other", images.scores[::-1])
     members = {"runs/a": images.scores**2 * 0.5, "runs/b": images.scores[::-1]}
-    add_comparisons(result, "image", images, members, MEMBERS)
-    add_comparisons(result, "image", images, {f"{ALTERED}center covered": images.scores**2})
-    studies = study_level(images)
+    evaluate.add_comparisons(result, "image", images, members, evaluate.MEMBERS)
+    evaluate.add_comparisons(result, "image", images, {f"{evaluate.ALTERED}center covered": images.scores**2})
+    studies = evaluate.study_level(images)
     calls = np.where(np.arange(4) == 0, studies.target, np.nan)
-    add_readers(result, studies, {"<bc4>": calls, "always": np.where(calls >= 0, 1.0, np.nan)})
+    evaluate.add_readers(result, studies, {"<bc4>": calls, "always": np.where(calls >= 0, 1.0, np.nan)})
     result.head |= {"against": ["runs/other"], "members": list(members), "altered": ["center covered"]}
     result.head["readers"] = ["<bc4>", "always"]
     return result
@@ -273,7 +264,7 @@ def test_figures_follow_the_page_and_none_is_of_a_skipped_label(page: str, evalu
 def test_hostile_names_are_text(images: Scored) -> None:
     names = [HOSTILE, "$\\frac{1}", "{{ config }}", "a|b\n# c"]
     evaluation = assess(names, images, calibrate(names, images), split=HOSTILE)
-    add_other(evaluation, images, HOSTILE, images.scores)
+    evaluate.add_other(evaluation, images, HOSTILE, images.scores)
     evaluation.head |= {"against": [HOSTILE], "left_out": [HOSTILE]}
     page = Page(render_report(HOSTILE, {HOSTILE: HOSTILE}, [], [evaluation], {HOSTILE: images}))
     assert not {tag for tag, _ in page.tags} & {"script", "img"}

@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from multiprocessing import get_context
 from multiprocessing.context import ForkProcess
@@ -26,7 +26,8 @@ from model.runs.sweep import Figures, Point, Sweep, TrainPoint, Trial, begin_tri
 from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
-from tests.conftest import Round
+from tests.conftest import Capture, Round, refused
+from tests.model.runs.conftest import Command
 from tests.training import call_train, stop_after
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
@@ -57,38 +58,31 @@ def run(sweep: Sweep, train: TrainPoint = train_point) -> None:
 
 
 def test_a_grid_trains_every_combination_once(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep")
+    sweep = make_sweep(tmp_path)
     run(sweep)
-    trials = list_trials(sweep)
+    first, *_ = trials = list_trials(sweep)
     points = [{"lr": lr, "weight_decay": wd} for lr, wd in itertools.product(LR, WD)]
     assert [trial.parameters for trial in trials] == points  # arch does not vary
-    assert [trial.dev for trial in trials] == [score(point) for point in points]
-    first = trials[0]
-    assert (first.state, first.figures) == ("complete", {"dev_auroc": score(points[0]), "train_auroc": 0.95})
-    assert first.folder == tmp_path / "sweep" / "trials" / "lr=0.0001-weight_decay=1e-05"
-    assert {trial.folder for trial in trials} == {
-        path for path in (tmp_path / "sweep" / "trials").iterdir() if path.is_dir()
-    }
+    figures = [{"dev_auroc": score(point), "train_auroc": 0.95} for point in points]
+    assert [(trial.state, trial.figures) for trial in trials] == [("complete", each) for each in figures]
+    assert first.folder == tmp_path / "trials" / "lr=0.0001-weight_decay=1e-05"
+    assert {trial.folder for trial in trials} == {path for path in (tmp_path / "trials").iterdir() if path.is_dir()}
     run(sweep)  # nothing is left to do
     assert list_trials(sweep) == trials
     assert (first.folder / "log").read_text() == "trained\n"
 
 
 def test_values_can_be_added_and_other_options_are_refused(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep", values={"lr": LR[:1], "weight_decay": WD})
-    run(sweep)
-    wider = make_sweep(tmp_path / "sweep", values={"lr": LR, "weight_decay": WD})
+    run(make_sweep(tmp_path, values={"lr": LR[:1], "weight_decay": WD}))
+    wider = make_sweep(tmp_path, values={"lr": LR, "weight_decay": WD})
     run(wider)
     assert [trial.parameters for trial in list_trials(wider)] == wider.grid
-    with pytest.raises(DataError) as caught:
-        run(make_sweep(tmp_path / "sweep", options={"epochs": 5, "seed": 0}))
-    assert str(caught.value) == (
-        f"{tmp_path / 'sweep'} is a sweep under other options: epochs is 4, not 5; choose another `sweep`"
-    )
+    with refused(f"{tmp_path} is a sweep under other options: epochs is 4, not 5; choose another `sweep`"):
+        run(make_sweep(tmp_path, options={"epochs": 5, "seed": 0}))
 
 
 def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep")
+    sweep = make_sweep(tmp_path)
     calls: list[Point] = []
 
     def stop_and_fail(point: Point, run: Path) -> Figures:
@@ -103,16 +97,13 @@ def test_a_stopped_trial_is_done_again_and_a_diverged_one_is_not(tmp_path: Path)
         run(sweep, stop_and_fail)
     run(sweep, stop_and_fail)
     assert Counter(point["lr"] for point in calls) == {1e-4: 2, 1e-3: 3, 1e-2: 2}
-    trials = list_trials(sweep)
-    states = {(trial.parameters["lr"], trial.parameters["weight_decay"]): trial.state for trial in trials}
-    assert states == {point: "failed" if point[0] == 1e-2 else "complete" for point in itertools.product(LR, WD)}
-    errors = [trial.error for trial in trials if trial.error]
-    assert errors == ["the loss is nan", "out of memory"]
+    outcomes = [(trial.state, trial.error) for trial in list_trials(sweep)]
+    assert outcomes == [("complete", None)] * 4 + [("failed", "the loss is nan"), ("failed", "out of memory")]
 
 
 @pytest.mark.parametrize("error", [DataError("the disk is full"), ValueError("a defect")])
 def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, error: Exception) -> None:
-    sweep = make_sweep(tmp_path / "sweep")
+    sweep = make_sweep(tmp_path)
 
     def fail(point: Point, run: Path) -> Figures:
         raise error
@@ -124,7 +115,7 @@ def test_an_error_ends_the_sweep_and_its_trial_is_done_again(tmp_path: Path, err
 
 
 def test_a_process_waits_for_the_others_until_it_is_stopped(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep", values={"lr": (1e-3,), "weight_decay": (0.0,)})
+    sweep = make_sweep(tmp_path, values={"lr": (1e-3,), "weight_decay": (0.0,)})
     open_sweep(sweep)
     with ExitStack() as lock:
         assert begin_trial(sweep, lock)[0] is not None
@@ -135,11 +126,11 @@ def test_a_process_waits_for_the_others_until_it_is_stopped(tmp_path: Path) -> N
 
 
 def test_a_lost_trial_of_a_value_that_was_taken_back_is_left_alone(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path / "sweep", values={"lr": LR[:2]})
+    sweep = make_sweep(tmp_path, values={"lr": LR[:2]})
     open_sweep(sweep)
     with ExitStack() as lock:
         begin_trial(sweep, lock)
-    run(make_sweep(tmp_path / "sweep", values={"lr": LR[1:2]}), lambda *_: {"dev_auroc": 0.5})
+    run(make_sweep(tmp_path, values={"lr": LR[1:2]}), lambda *_: {"dev_auroc": 0.5})
     assert [(trial.state, trial.point) for trial in list_trials(sweep)] == [
         ("unfinished", {"lr": 1e-4}),
         ("complete", {"lr": 1e-3}),
@@ -148,27 +139,27 @@ def test_a_lost_trial_of_a_value_that_was_taken_back_is_left_alone(tmp_path: Pat
 
 @pytest.mark.soak
 def test_a_search_stays_between_the_values_and_repeats_itself(tmp_path: Path) -> None:
-    found = []
+    values: dict[str, tuple[object, ...]] = {"lr": (1e-4, 1e-2), "weight_decay": (0.0, 0.1)}
+    values |= {"arch": ("rescnn", "resnet18"), "seed": (2**63 - 1,)}
+    tried = []
     for name in ("a", "b"):
-        values: dict[str, tuple[object, ...]] = {"lr": (1e-4, 1e-2), "weight_decay": (0.0, 0.1)}
-        values |= {"arch": ("rescnn", "resnet18"), "seed": (2**63 - 1,)}
         sweep = make_sweep(tmp_path / name, sampler="tpe", trials=15, values=values, options={"epochs": 4})
         run(sweep)
-        found.append([(trial.parameters, trial.dev) for trial in list_trials(sweep)])
-    assert found[0] == found[1]
-    points = [point for point, _ in found[0]]
+        tried.append([(trial.parameters, trial.dev) for trial in list_trials(sweep)])
+    assert tried[0] == tried[1]
+    points = [point for point, _ in tried[0]]
     assert len(points) == len({tuple(point.values()) for point in points}) == 15
     assert all(1e-4 <= point["lr"] <= 1e-2 and 0 <= point["weight_decay"] <= 0.1 for point in points)
     assert {point["arch"] for point in points} == {"rescnn", "resnet18"}
     more = dataclasses.replace(sweep, trials=17)
     run(more)
-    assert [(trial.parameters, trial.dev) for trial in list_trials(more)][:15] == found[0]
+    assert [(trial.parameters, trial.dev) for trial in list_trials(more)][:15] == tried[0]
     assert len(list_trials(more)) == 17
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"point": {"lr": 1, "weight_decay": 0}, "color": "red"}'])
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
-    sweep = make_sweep(tmp_path / "sweep")
+    sweep = make_sweep(tmp_path)
     open_sweep(sweep)
     record = sweep.folder / "trials" / "lr=0.1.json"
     record.write_text(text)
@@ -176,30 +167,31 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
         list_trials(sweep)
 
 
-def test_a_search_ends_when_its_points_are_used_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_ends_when_its_points_are_used_up(tmp_path: Path, capsys: Capture) -> None:
     values = {"batch_size": (16, 32), "arch": ("rescnn", "resnet18"), "lr": (1e-3,), "weight_decay": (0.0,)}
-    sweep = make_sweep(tmp_path / "sweep", sampler="tpe", trials=860, values=values)
+    sweep = make_sweep(tmp_path, sampler="tpe", trials=860, values=values)
     run(sweep)
-    assert [trial.number for trial in list_trials(sweep)] == [0, 1, 2, 3]
-    points = {tuple(trial.parameters.values()) for trial in list_trials(sweep)}
-    assert points == set(itertools.product((16, 32), ("rescnn", "resnet18")))
+    points = [tuple(trial.parameters.values()) for trial in list_trials(sweep)]
+    assert sorted(points) == list(itertools.product((16, 32), ("rescnn", "resnet18")))
     assert f"{sweep.folder}: all points are tried: 4 trials, not 860" in capsys.readouterr().err
 
 
-def start_worker(sweep: Sweep, seconds: float) -> ForkProcess:
+def join(workers: list[ForkProcess]) -> list[int | None]:
+    for worker in workers:
+        worker.join(timeout=240)
+    return [worker.exitcode for worker in workers]
+
+
+def start_workers(sweep: Sweep, seconds: float, count: int) -> list[ForkProcess]:
     def slow(point: Point, run: Path) -> Figures:
         time.sleep(seconds)
         return train_point(point, run)
 
     # Forked, because to import torch takes longer than the sweep.
-    worker = get_context("fork").Process(target=run, args=(sweep, slow))
-    worker.start()
-    return worker
-
-
-def join(worker: ForkProcess) -> int | None:
-    worker.join(timeout=240)
-    return worker.exitcode
+    workers = [get_context("fork").Process(target=run, args=(sweep, slow)) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    return workers
 
 
 @pytest.mark.soak
@@ -213,17 +205,16 @@ def test_processes_killed_and_restarted_train_every_point_once(rounds: Iterator[
         seconds, kills = dice.choice([0, 0.02, 0.15]), 0
         print(f"{values}, {trials} trials of {seconds} s")
         for _ in range(dice.randint(0, 4)):
-            workers = [start_worker(sweep, seconds) for _ in range(dice.randint(1, 3))]
+            workers = start_workers(sweep, seconds, dice.randint(1, 3))
             while not (folder / "trials").exists() and any(worker.is_alive() for worker in workers):
                 time.sleep(0.01)
             time.sleep(dice.uniform(0, 0.4))
             for worker in dice.sample(workers, dice.randint(0, len(workers))):
                 worker.kill()
-            codes = [join(worker) for worker in workers]
+            codes = join(workers)
             assert set(codes) <= {0, -signal.SIGKILL}
             kills += codes.count(-signal.SIGKILL)
-        workers = [start_worker(sweep, seconds) for _ in range(3)]
-        assert [join(worker) for worker in workers] == [0, 0, 0]
+        assert join(start_workers(sweep, seconds, 3)) == [0, 0, 0]
         points = {tuple(trial.point.values()): trial for trial in list_trials(sweep)}
         assert len(points) == len(list_trials(sweep)) == (trials or len(sweep.grid))
         assert all(trials or trial.point in sweep.grid for trial in points.values())
@@ -236,22 +227,19 @@ def test_processes_killed_and_restarted_train_every_point_once(rounds: Iterator[
             round_.survived("SIGKILL of a sweep's process")
 
 
-def test_trials_are_the_runs_that_train_makes(
-    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none")
-    sweep, png = tmp_path / "sweep", tmp_path / "png"
+def test_trials_are_the_runs_that_train_makes(command: Command, tmp_path: Path, capsys: Capture) -> None:
+    sweep, png, given = tmp_path / "sweep", tmp_path / "png", ("--augment", "none")
     words = ("--sweep", sweep, "--lr", "1e-3 1e-2", "--seed", "3 4", "--weight-decay", "0.01", "--png", png)
     assert command("sweep", *words, *given) == 0
     output = capsys.readouterr()
-    assert re.search(r"^Trial 0: dev AUROC 0\.\d{4} \(.*\); 3 trials to go(  .* left)?$", output.err, re.MULTILINE)
-    assert re.search(r"^Trial 3: dev AUROC 0\.\d{4} \(.*\)$", output.err, re.MULTILINE)
+    for number, rest in ((0, r"; 3 trials to go(  .* left)?"), (3, "")):
+        assert re.search(rf"^Trial {number}: dev AUROC 0\.\d{{4}} \(.*\){rest}$", output.err, re.MULTILINE)
     rows = {(row["lr"], row["seed"]): row for row in csv.DictReader((sweep / "sweep.csv").read_text().splitlines())}
     assert list(rows) == list(itertools.product(("0.001", "0.01"), "34"))
-    ranked = sorted(rows.values(), key=lambda row: -float(row["dev_auroc"]))
+    dev = {point: float(row["dev_auroc"]) for point, row in rows.items()}
+    ranked = [rows[point] for point in sorted(rows, key=lambda point: -dev[point])]
     counted, *table = output.out.splitlines()
-    places = [line.split()[1] for line in table if re.match(r"│\s+\d", line)]
-    assert places == [row["number"] for row in ranked]
+    assert [line.split()[1] for line in table if re.match(r"│\s+\d", line)] == [row["number"] for row in ranked]
     assert counted == f"{sweep / 'report.html'}: 4 trials complete"
     assert f"trial {ranked[0]['number']} is the best: {sweep / 'trials' / ranked[0]['run']}" in table
     assert command("train", "--run", tmp_path / "run", "--lr", "1e-2", "--seed", 3, *given) == 0
@@ -261,39 +249,33 @@ def test_trials_are_the_runs_that_train_makes(
     (line,) = (trial / "metrics.jsonl").read_text().splitlines()
     row = rows["0.01", "3"]
     assert float(row["dev_auroc"]) == pytest.approx(json.loads(line)["macro_auroc"], abs=1e-6)
-    dev, valid = (read_evaluation(trial / f"evaluation-{split}.json") for split in ("dev", "valid"))
-    some = [label for label in LABELS if not dev.get("auroc", label).few] or LABELS
-    same = [label for label in some if None not in {one.get("auroc", label).value for one in (dev, valid)}]
+    evaluations = [read_evaluation(trial / f"evaluation-{split}.json") for split in ("dev", "valid")]
+    some = [label for label in LABELS if not evaluations[0].get("auroc", label).few] or LABELS
+    same = [label for label in some if None not in {each.get("auroc", label).value for each in evaluations}]
     assert int(row["same_labels"]) == len(same)  # all of them have both classes in train
-    for one, name in ((dev, "dev_same_auroc"), (valid, "valid_auroc")):
-        mean = sum(one.get("auroc", label).value or 0 for label in same) / len(same)
+    for evaluation, name in zip(evaluations, ("dev_same_auroc", "valid_auroc"), strict=True):
+        mean = sum(evaluation.get("auroc", label).value or 0 for label in same) / len(same)
         assert float(row[name]) == pytest.approx(mean, abs=1e-6)
     assert float(row["valid_low"]) < float(row["valid_auroc"]) < float(row["valid_high"])
     # Settings by their mean over seeds, and the ensemble of the best one's runs.
-    means = {
-        lr: (float(rows[lr, "3"]["dev_auroc"]) + float(rows[lr, "4"]["dev_auroc"])) / 2 for lr in ("0.001", "0.01")
-    }
+    means = {lr: (dev[lr, "3"] + dev[lr, "4"]) / 2 for lr in ("0.001", "0.01")}
     best, other = sorted(means, key=lambda lr: -means[lr])
-    values = [float(rows[best, seed]["dev_auroc"]) for seed in "34"]
+    low, high = sorted((dev[best, "3"], dev[best, "4"]))
     page = (sweep / "report.html").read_text()
-    cells = f"<td>2</td><td>{means[best]:.3f}</td><td>{abs(values[0] - values[1]) / 2**0.5:.3f}</td>"
-    cells += f"<td>{min(values):.3f} to {max(values):.3f}</td><td>–</td>"
+    cells = f"<td>2</td><td>{means[best]:.3f}</td><td>{(high - low) / 2**0.5:.3f}</td>"
+    cells += f"<td>{low:.3f} to {high:.3f}</td><td>–</td>"
     assert f"<tr><th>learning rate {best}</th>{cells}" in page
     assert f"<td>{means[best] - means[other]:.3f} " in page.split(f"<th>learning rate {other}</th>")[1]
-    runs = sorted((row for (lr, _), row in rows.items() if lr == best), key=lambda row: -float(row["dev_auroc"]))
-    folders = " ".join(f"--run {sweep / 'trials' / row['run']}" for row in runs)
+    folders = " ".join(f"--run {sweep / 'trials' / row['run']}" for row in ranked if row["lr"] == best)
     ensemble = f"evaluate {folders} --out {sweep / 'ensemble'}"
     assert output.err.endswith(f"next: python -m train {ensemble}\n")
     assert f"<code>python -m train {ensemble}</code>" in page
-    pictures = {"dev-auroc-by-lr.png", "learning-curves.png"}
-    assert {path.name for path in png.iterdir()} == pictures
+    assert {path.name for path in png.iterdir()} == {"dev-auroc-by-lr.png", "learning-curves.png"}
     with pytest.raises(DataError, match=r"augment is none, not affine; choose another `sweep`$"):
-        command("sweep", *words, *given[:4])
+        command("sweep", *words)
 
 
-def test_settings_are_compared_as_runs_are(
-    command: Callable[..., int], make_job: Callable[..., Run], trained: Run, run: Path
-) -> None:
+def test_settings_are_compared_as_runs_are(command: Command, trained: Run, run: Path) -> None:
     """With `evaluate --against`, whose differences are paired by patient."""
     trials = [
         Trial(each, {"epochs": n}, n, {}, "complete", figures={"dev_auroc": 0.9 - n / 10})
@@ -308,23 +290,21 @@ def test_settings_are_compared_as_runs_are(
 
 
 def test_an_error_in_one_trial_leaves_a_report_of_the_others(
-    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep, whole = tmp_path / "sweep", train.train
-    small = ("--arch", "rescnn", "--batch-size", 16, "--augment", "none")
-    given = ("--sweep", sweep, "--lr", "1e-3 1e-2", *small)
+    train_all = train.train
 
     def fail(job: Run, *watch: Any) -> None:
         if job.config.lr == 1e-2:
             raise DataError("the disk is full")
-        whole(job, *watch)
+        train_all(job, *watch)
 
     monkeypatch.setattr(train, "train", fail)
-    with pytest.raises(DataError, match=r"^the disk is full$"):
-        command("sweep", *given)
-    rows = list(csv.DictReader((sweep / "sweep.csv").read_text().splitlines()))
+    with refused("the disk is full"):
+        command("sweep", "--sweep", tmp_path, "--lr", "1e-3 1e-2", "--augment", "none")
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [row["lr"] for row in rows if row["state"] == "complete"] == ["0.001"]
-    assert (sweep / "report.html").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 def test_options_can_be_checked_before_there_are_shards(tmp_path: Path) -> None:
@@ -333,14 +313,10 @@ def test_options_can_be_checked_before_there_are_shards(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_whose_trials_all_diverge_has_failed(
-    command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = tmp_path / "sweep"
-    given = ("--sweep", sweep, "--lr", "1e30", "--arch", "rescnn", "--batch-size", 16)
-    assert command("sweep", *given) == 1
-    shown = capsys.readouterr()
-    assert shown.out == f"{sweep / 'report.html'}: 0 trials complete, 1 failed\n"
-    assert "Trial 0: failed: the " in shown.err
-    assert command("sweep", *given) == 1  # and is not tried again
+def test_a_sweep_whose_trials_all_diverge_has_failed(command: Command, tmp_path: Path, capsys: Capture) -> None:
+    assert command("sweep", "--sweep", tmp_path, "--lr", "1e30") == 1
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / 'report.html'}: 0 trials complete, 1 failed\n"
+    assert "Trial 0: failed: the " in output.err
+    assert command("sweep", "--sweep", tmp_path, "--lr", "1e30") == 1  # and is not tried again
     assert "Trial 0" not in capsys.readouterr().err
