@@ -6,6 +6,7 @@ import gc
 import hashlib
 import importlib.util
 import io
+import itertools
 import os
 import random
 import shutil
@@ -17,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ DRAWING = 4  # tests with `rounds`
 
 POLICIES = {"uncertain": "best", "blank": "zeros"}
 CELLS = ("1.0", "0.0", "-1.0", "")
-
+VIEWS = ((1, "view1_frontal"), (1, "view2_lateral"), (2, "view1_frontal"))  # study and image of each patient
 
 Shards = tuple[Path, Manifest]  # a folder, and its manifest
 Capture = pytest.CaptureFixture[str]
@@ -100,7 +100,7 @@ def rounds(
     def play() -> Iterator[Round]:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
         end = time.monotonic() + 60 * MINUTES * workers / (DRAWING * len(PARTS))
-        for seed in count(int(SEED)):
+        for seed in itertools.count(int(SEED)):
             print(f"SOAK_SEED={seed} {request.node.nodeid}")
             (folder := tmp_path / str(seed)).mkdir()
             yield Round(random.Random(f"{seed} {request.node.name}"), folder, partial(record_property, "survived"))
@@ -120,8 +120,8 @@ def call(command: Callable[[], object], *words: object) -> subprocess.CompletedP
         patch.setattr(signal, "signal", lambda *_: None)  # the test's own stay
         with pytest.raises(SystemExit) as ended:
             command()
-    said = [stream.buffer.getvalue().decode() for stream in (out, err)]
-    return subprocess.CompletedProcess(typed, ended.value.code or 0, *said)  # type: ignore[arg-type]
+    output = [stream.buffer.getvalue().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(typed, ended.value.code or 0, *output)  # type: ignore[arg-type]
 
 
 def run_pipeline(*arguments: object, code: int | None = 0) -> subprocess.CompletedProcess[str]:
@@ -191,24 +191,19 @@ def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> li
     """Append a split to `root`: two studies per patient, a frontal each and a lateral in the first."""
     random = np.random.default_rng([seed, patients.start])
     rows = []
-    for patient in patients:
-        for study, view in ((1, "view1_frontal"), (1, "view2_lateral"), (2, "view1_frontal")):
-            path = root / split / f"patient{patient:05d}" / f"study{study}" / f"{view}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            coarse = random.integers(0, 256, (8, 10), dtype=np.uint8)
-            Image.fromarray(coarse).resize((80, 64), Image.Resampling.BICUBIC).save(path, quality=90)
-            frontal = "frontal" in view
-            row = {
-                "Path": f"CheXpert-v1.0-small/{split}/{path.relative_to(root / split)}",
-                "Sex": "Female" if patient % 2 else "Male",
-                "Age": str(20 + patient % 60),
-                "Frontal/Lateral": "Frontal" if frontal else "Lateral",
-                "AP/PA": "AP" if frontal else "",
-            }
-            cells = random.choice(CELLS[:2] if split == "valid" else CELLS, len(LABELS))
-            if frontal:  # the other images of a study have its labels
-                labels = dict(zip(LABELS, map(str, cells), strict=True))
-            rows.append(row | labels)
+    for patient, (study, view) in itertools.product(patients, VIEWS):
+        path = root / split / f"patient{patient:05d}" / f"study{study}" / f"{view}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = random.integers(0, 256, (8, 10), dtype=np.uint8)
+        Image.fromarray(coarse).resize((80, 64), Image.Resampling.BICUBIC).save(path, quality=90)
+        frontal = "frontal" in view
+        row = {"Path": f"CheXpert-v1.0-small/{path.relative_to(root)}", "Sex": "Female" if patient % 2 else "Male"}
+        row |= {"Age": str(20 + patient % 60), "Frontal/Lateral": "Frontal" if frontal else "Lateral"}
+        row["AP/PA"] = "AP" if frontal else ""
+        cells = random.choice(CELLS[:2] if split == "valid" else CELLS, len(LABELS))
+        if frontal:  # the other images of a study have its labels
+            labels = dict(zip(LABELS, map(str, cells), strict=True))
+        rows.append(row | labels)
     write_rows(root / f"{split}.csv", rows)
     return rows
 
@@ -239,14 +234,14 @@ def chexpert(originals: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def shards(originals: Path, tmp_path: Path) -> tuple[Path, Manifest]:
+def shards(originals: Path, tmp_path: Path) -> Shards:
     """Shards of the frontal images of that folder, several per split."""
     folder = Path(shutil.copytree(originals / "shards", tmp_path / "shards"))
     return folder, read_manifest(folder)
 
 
 @pytest.fixture
-def study_shards(originals: Path, tmp_path: Path) -> tuple[Path, Manifest]:
+def study_shards(originals: Path, tmp_path: Path) -> Shards:
     """Shards of all images of that folder, a study's together."""
     folder = Path(shutil.copytree(originals / "studies", tmp_path / "studies"))
     return folder, read_manifest(folder)
@@ -268,7 +263,6 @@ def real_csv() -> Path:
 
 @pytest.fixture(scope="session")
 def real_table(real_csv: Path) -> Any:
-    """Its label table."""
     return read_any_table(real_csv)
 
 
@@ -290,12 +284,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sample_shards(sample: Path) -> tuple[Path, Manifest]:
+def sample_shards(sample: Path) -> Shards:
     """Shards of the sample's frontals, for those who learn from them; nobody changes them."""
     return sample / "shards", read_manifest(sample / "shards")
 
 
 @pytest.fixture(scope="session")
-def drawn_studies(sample: Path) -> tuple[Path, Manifest]:
+def drawn_studies(sample: Path) -> Shards:
     """Shards of the sample's images of all views, whose studies have one or two; nobody changes them."""
     return sample / "studies", read_manifest(sample / "studies")

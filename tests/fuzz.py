@@ -22,8 +22,9 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ with watched:
     from pipeline.etl.writing import Options
     from pipeline.images import ENCODINGS, ImageError, ImageOptions, decode_stored, prepare
     from pipeline.labels import LABELS
-    from pipeline.manifest import Split, read_manifest, read_table
+    from pipeline.manifest import read_manifest, read_table
     from pipeline.measure.scores import read_scores, write_scores
     from pipeline.policies import make_targets, parse_uncertain_policy
     from pipeline.sources.rows import read_images, read_splits
@@ -60,7 +61,6 @@ WORK = Path(".fuzz")
 LONGEST = 65536  # bytes of an input
 SECONDS = int(os.environ.get("FUZZ_SECONDS", "600"))
 Target = Callable[[bytes], object]
-MakeTarget = Callable[[Path, Path], Target]  # of an empty folder, and of sound shards
 
 
 def make_example(folder: Path) -> Path:
@@ -92,22 +92,7 @@ def make_example(folder: Path) -> Path:
     return folder / "shards"
 
 
-def read_by(name: str, read: Callable[[Path], object]) -> MakeTarget:
-    """A target that reads each input as the file of that name."""
-
-    def make_target(folder: Path, _: Path) -> Target:
-        path = folder / name
-
-        def target(data: bytes) -> None:
-            path.write_bytes(data)
-            read(path)
-
-        return target
-
-    return make_target
-
-
-def read_csv(path: Path) -> None:
+def read_csv(path: Path, _: Path) -> None:
     """A CSV of labels, and the targets made of it."""
     table = read_any_table(path)
     assert len(set(table["key"].to_pylist())) == table.num_rows
@@ -123,7 +108,7 @@ def read_csv(path: Path) -> None:
     assert np.isfinite(target[mask]).all()
 
 
-def read_tar(path: Path) -> None:
+def read_tar(path: Path, _: Path) -> None:
     """A tar that another program wrote: its labels, and the images of its samples."""
     source = find_source(path.parent, {}, [], "webdataset", [("patient", "patient"), ("Edema", "labels.Edema")])
     tables, _, _ = read_splits(source, views="all", dev=0, seed=0)
@@ -131,94 +116,92 @@ def read_tar(path: Path) -> None:
         assert all(isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots))
 
 
-def manifest_target(folder: Path, shards: Path) -> Target:
+def read_shards(path: Path, _: Path) -> None:
     """manifest.json beside sound tables and shards."""
-    shutil.copytree(shards, folder, dirs_exist_ok=True)
-
-    def read(path: Path) -> None:
-        manifest = read_manifest(folder)
-        for name in manifest.splits:
-            open_split(folder, manifest, name)
-
-    return read_by("manifest.json", read)(folder, shards)
+    manifest = read_manifest(path.parent)
+    for name in manifest.splits:
+        open_split(path.parent, manifest, name)
 
 
-def arrow_target(folder: Path, shards: Path) -> Target:
+read_sound_manifest = cache(read_manifest)
+read_sound_table = cache(lambda shards, name: read_table(shards, read_sound_manifest(shards).split(name)))
+
+
+def read_samples(path: Path, shards: Path) -> None:
     """A table whose sha256 is the manifest's: somebody made it so. Its rows are read through the stream."""
-    manifest = read_manifest(shards)
-    train = manifest.split("train")
-    shutil.copytree(shards, folder, dirs_exist_ok=True)
-
-    def read(path: Path) -> None:
-        split = Split(**{**vars(train), "table_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-        opened = open_split(folder, replace(manifest, splits={"train": split}), "train")
-        labels = Labels(*make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0))
-        plan = partial(plan_evaluation, find_images(opened), 4)
-        for _ in stream_batches(opened, labels, plan, size=16, threads=1):
-            pass
-
-    return read_by(train.table, read)(folder, shards)
+    manifest = read_sound_manifest(shards)
+    split = replace(manifest.split("train"), table_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    opened = open_split(path.parent, replace(manifest, splits={"train": split}), "train")
+    labels = Labels(*make_targets(opened.table, parse_uncertain_policy("best"), "zeros", seed=0))
+    plan = partial(plan_evaluation, find_images(opened), 4)
+    for _ in stream_batches(opened, labels, plan, size=16, threads=1):
+        pass
 
 
-def scores_target(folder: Path, shards: Path) -> Target:
+def read_scored(path: Path, shards: Path) -> None:
     """A run's scores, for the images of a sound table."""
-    keys = read_table(shards, read_manifest(shards).split("valid"))["key"]
-
-    def read(path: Path) -> None:
-        assert read_scores(path, keys, ["Edema"]).shape == (len(keys), 1)
-
-    return read_by("scores.arrow", read)(folder, shards)
+    keys = read_sound_table(shards, "valid")["key"]
+    assert read_scores(path, keys, ["Edema"]).shape == (len(keys), 1)
 
 
-def pickle_target(folder: Path, shards: Path) -> Target:
+def read_pickle(path: Path, shards: Path) -> None:
     """The pickle in an otherwise sound checkpoint."""
-    with zipfile.ZipFile(shards.parent / "last.pt") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    path = folder / "last.pt"
-
-    def read(data: bytes) -> None:
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in members.items():
-                archive.writestr(name, data if name.endswith("/data.pkl") else content)
-        load_checkpoint(path)
-
-    return read
+    checkpoint, data = path.with_name("last.pt"), path.read_bytes()
+    with zipfile.ZipFile(shards.parent / "last.pt") as sound, zipfile.ZipFile(checkpoint, "w") as archive:
+        for name in sound.namelist():
+            archive.writestr(name, data if name.endswith("/data.pkl") else sound.read(name))
+    load_checkpoint(checkpoint)
 
 
-def image_target(_: Path, __: Path) -> Target:
+def read_image(path: Path, _: Path) -> None:
     """An image of a source, prepared in every encoding and decoded again; and as a shard's own."""
-
-    def read(data: bytes) -> None:
-        for encoding in ENCODINGS:
-            try:
-                stored = prepare(data, ImageOptions(32, "no", encoding, 95, 100_000))
-            except ImageError:
-                continue
-            pixels = decode_stored(stored.data, encoding)
-            assert pixels.dtype == np.uint8
-            assert min(pixels.shape) > 0
-        for encoding in ENCODINGS:
-            try:
-                decode_stored(data, encoding)
-            except ValueError:
-                continue
-
-    return read
+    data = path.read_bytes()
+    for encoding in ENCODINGS:
+        with contextlib.suppress(ValueError):
+            decode_stored(data, encoding)
+        try:
+            stored = prepare(data, ImageOptions(32, "no", encoding, 95, 100_000))
+        except ImageError:
+            continue
+        pixels = decode_stored(stored.data, encoding)
+        assert pixels.dtype == np.uint8
+        assert min(pixels.shape) > 0
 
 
-# Name: the reader, and which sound files its inputs are bred from.
-TARGETS: dict[str, tuple[MakeTarget, str]] = {
-    "csv": (read_by("train.csv", read_csv), "../*/*.csv"),
-    "manifest": (manifest_target, "manifest.json"),
-    "arrow": (arrow_target, "train.arrow"),
-    "scores": (scores_target, "../scores.arrow"),
-    "checkpoint": (read_by("last.pt", load_checkpoint), "../last.pt"),
-    "pickle": (pickle_target, "../data.pkl"),
-    "config": (read_by("config.json", lambda path: read_config(path.parent)), "../config.json"),
-    "tar": (read_by("train-000000.tar", read_tar), "train-*.tar"),
-    "image": (image_target, "../seeds/*"),
-    "dicom": (image_target, "../*.dcm"),
+class Reader(NamedTuple):
+    """What reads an input: as the file of that name, beside the other sound files of shards if it needs them."""
+
+    file: str
+    seeds: str  # the sound files that inputs are bred from
+    read: Callable[[Path, Path], object]  # of the file, and of sound shards
+    beside: bool = False
+
+
+TARGETS = {
+    "csv": Reader("train.csv", "../*/*.csv", read_csv),
+    "manifest": Reader("manifest.json", "manifest.json", read_shards, beside=True),
+    "arrow": Reader("train.arrow", "train.arrow", read_samples, beside=True),
+    "scores": Reader("scores.arrow", "../scores.arrow", read_scored),
+    "checkpoint": Reader("last.pt", "../last.pt", lambda path, _: load_checkpoint(path)),
+    "pickle": Reader("data.pkl", "../data.pkl", read_pickle),
+    "config": Reader("config.json", "../config.json", lambda path, _: read_config(path.parent)),
+    "tar": Reader("train-000000.tar", "train-*.tar", read_tar),
+    "image": Reader("image", "../seeds/*", read_image),
+    "dicom": Reader("image", "../*.dcm", read_image),
 }
+
+
+def make_target(name: str, folder: Path, shards: Path) -> Target:
+    """The target in an empty folder."""
+    reader, path = TARGETS[name], folder / TARGETS[name].file
+    if reader.beside:
+        shutil.copytree(shards, folder, dirs_exist_ok=True)
+
+    def target(data: bytes) -> None:
+        path.write_bytes(data)
+        reader.read(path, shards)
+
+    return target
 
 
 def feed(target: Target, data: bytes) -> str:
@@ -242,11 +225,10 @@ def fuzz(name: str, arguments: list[str]) -> None:
     shards = make_example(folder / "example")
     corpus = WORK / name
     corpus.mkdir(parents=True, exist_ok=True)
-    make_target, seeds = TARGETS[name]
-    for seed in sorted(shards.glob(seeds)):
+    for seed in sorted(shards.glob(TARGETS[name].seeds)):
         (corpus / f"seed-{seed.name}").write_bytes(seed.read_bytes())
     (folder / "input").mkdir()
-    target = make_target(folder / "input", shards)
+    target = make_target(name, folder / "input", shards)
 
     def read(data: bytes) -> None:
         feed(target, data)

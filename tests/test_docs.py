@@ -53,10 +53,9 @@ class Block(NamedTuple):
 
 def find_blocks(page: Path) -> list[Block]:
     text = page.read_text()
-    found = re.finditer(r"^(?:<!-- (.*) -->\n)?```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
-    return [
-        Block(page.stem, text.count("\n", 0, match.start()) + 1, match[2], match[3], match[1] or "") for match in found
-    ]
+    fences = re.finditer(r"^(?:<!-- (.*) -->\n)?```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    lines = {fence: text.count("\n", 0, fence.start()) + 1 for fence in fences}
+    return [Block(page.stem, line, fence[2], fence[3], fence[1] or "") for fence, line in lines.items()]
 
 
 BLOCKS = [block for page in PAGES for block in find_blocks(page)]
@@ -89,6 +88,12 @@ def test_the_table_of_extras_has_each_of_them() -> None:
     assert rows == list(project["optional-dependencies"])
 
 
+def make_clone(home: Path) -> None:
+    """What make takes for a clone with an installed environment."""
+    for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
+        (home / file).touch()
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone, which is also the home, with `make train`'s sample and its shards, of fewer images; tests get copies."""
@@ -102,8 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         makefile = re.sub(rf"\b{variable}=[\w.-]+", f"{variable}={value}", makefile)
     (home / "Makefile").write_text(makefile)
     (home / "train.py").symlink_to(REPOSITORY / "train.py")
-    for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
-        (home / file).touch()
+    make_clone(home)
     source = write_sample(home / "sample", images=200, laterals=0.4, valid=0.4)
     make_shards(source, home / "shards" / "sample", default_options(size=128, views="frontal", dev=0.2))
     return home
@@ -123,9 +127,8 @@ def needed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data that blocks need beside."""
     folder = tmp_path_factory.mktemp("needed")
     shutil.copytree(world / "sample" / "CheXpert-v1.0-small", folder / "CheXpert-v1.0-small")
-    shutil.copytree(
-        world / "shards" / "sample", folder / "wds", ignore=shutil.ignore_patterns("*.json", "*.arrow", "valid*")
-    )
+    tars = shutil.ignore_patterns("*.json", "*.arrow", "valid*")
+    shutil.copytree(world / "shards" / "sample", folder / "wds", ignore=tars)
     write_nih(folder / "nih")
     (folder / "nih" / "Data_Entry_2017_v2020.csv").rename(folder / "Data_Entry_2017_v2020.csv")
     rows = ["Image,MRN,Years,edema,fluid"]
@@ -174,15 +177,12 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("recorder")
     (home / ".venv" / "bin").mkdir(parents=True)
     (home / "Makefile").symlink_to(REPOSITORY / "Makefile")
-    for file in ("requirements.lock", "pyproject.toml", ".venv/installed"):
-        (home / file).touch()
+    make_clone(home)
     for program in PROGRAMS:
         stub = home / ".venv" / "bin" / program
-        stub.write_text(
-            # In a single write: a program behind & runs beside the next one.
-            f'#!/bin/sh\nprintf \'%s\\n\' "$(printf \'%s\\037\' {program} "$@")" >> "$TYPED"\n'
-            '[ "$1" != shards ] || { mkdir -p "$3"; touch "$3/manifest.json"; }\n'
-        )
+        # In a single write: a program behind & runs beside the next one.
+        note = f'printf \'%s\\n\' "$(printf \'%s\\037\' {program} "$@")" >> "$TYPED"'
+        stub.write_text(f'#!/bin/sh\n{note}\n[ "$1" != shards ] || {{ mkdir -p "$3"; touch "$3/manifest.json"; }}\n')
         stub.chmod(0o755)
     (home / "shards" / "sample").mkdir(parents=True)
     (home / "shards" / "sample" / "manifest.json").touch()
@@ -192,10 +192,9 @@ def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_options(group: click.Group, words: list[str]) -> None:
     """Raise UsageError for a command, an option or a value that there is not; whether a path exists does not matter."""
     context = click.Context(group, info_name=group.name, **group.context_settings)
-    if words[0].startswith("-"):
-        words = words if words[0] == "--help" else ["train", *words]
     if words[0] == "--help":
         return
+    words = ["train", *words] if words[0].startswith("-") else words
     command = group.get_command(context, words[0])
     assert command is not None, words[0]
     inner = click.Context(command, context, command.name)
@@ -210,7 +209,7 @@ def check_options(group: click.Group, words: list[str]) -> None:
 def test_the_commands_and_options_of_a_block_exist(block: Block, recorder: Path, tmp_path: Path) -> None:
     typed = tmp_path / "typed"
     typed.touch()
-    path = os.pathsep.join([str(recorder / ".venv" / "bin"), os.environ["PATH"]])
+    path = f"{recorder / '.venv' / 'bin'}:{os.environ['PATH']}"
     ran = start("bash", "-ec", block.commands, cwd=recorder, TYPED=str(typed), PATH=path)
     assert ran.returncode == 0, ran.stderr
     calls = [line.split("\037")[:-1] for line in typed.read_text().splitlines()]

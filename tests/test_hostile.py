@@ -21,7 +21,7 @@ from pipeline.labels import COLUMNS
 from pipeline.manifest import read_table, write_manifest
 from pipeline.sources.sets import read_any_table
 from tests.conftest import Shards, default_options, make_shards, run_pipeline
-from tests.fuzz import TARGETS, feed, make_example
+from tests.fuzz import TARGETS, feed, make_example, make_target
 from tests.pipeline.etl.test_verify import edit_table
 from tests.pipeline.test_images import SECRET, add_metadata
 
@@ -143,9 +143,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "dicom"])
 def test_a_damaged_file_is_sound_or_refused(name: str, example: Path, tmp_path: Path) -> None:
-    make_target, seeds = TARGETS[name]
-    target = make_target(tmp_path, example)
-    files = [path.read_bytes() for path in sorted(example.glob(seeds))]
+    target = make_target(name, tmp_path, example)
+    files = [path.read_bytes() for path in sorted(example.glob(TARGETS[name].seeds))]
     for seed in ROUNDS:
         message = feed(target, damage(files[seed % len(files)], seed))
         assert message.startswith(str(tmp_path) if message else ""), message

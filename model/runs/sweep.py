@@ -311,17 +311,15 @@ def write_sweep_report(sweep: Sweep, trials: Sequence[Trial], settings: Sequence
 
 def tabulate_trials(title: str, ranked: Sequence[Trial]) -> Table:
     """The results of ranked trials: the AUROC on dev that ranks them, then over the same labels of each split."""
-    dev = [pages.show_figure(trial.figures.get("dev_auroc")) for trial in ranked]
-    again = [pages.show_figure(trial.figures.get("dev_same_auroc")) for trial in ranked]
+    dev, again = ([pages.show_figure(trial.figures.get(name)) for trial in ranked] for name in (FIGURES[0], FIGURES[2]))
     rows = []
     for trial in ranked:
         first, labels, same, train, valid, low, high = (trial.figures.get(name) for name in FIGURES)
+        means = [pages.show_figure(value) for value in ((same, train) if dev != again else (train,))]
         limits = pages.show_limits({"low": low, "high": high})
-        cells = [str(trial.number), trial.state, *map(show_value, trial.parameters.values())]
-        cells += [pages.show_figure(first), show_value(labels)]
-        cells += map(pages.show_figure, (same, train) if dev != again else (train,))
-        cells += [f"{pages.show_figure(valid)} {limits}"]
-        rows.append([*cells, "–" if trial.seconds is None else f"{trial.seconds / 60:.1f}"])
+        minutes = "–" if trial.seconds is None else f"{trial.seconds / 60:.1f}"
+        cells = [str(trial.number), trial.state, *map(show_value, trial.parameters.values()), pages.show_figure(first)]
+        rows.append([*cells, show_value(labels), *means, f"{pages.show_figure(valid)} {limits}", minutes])
     names = [NAMES.get(name, name) for name in (ranked[0].parameters if ranked else ())]
     figures = ("dev", "labels", *(["same, dev"] if dev != again else []), "train", "valid [95 %]", "minutes")
     return Table(title, ("trial", "state", *names, *figures), rows, kind="trials")
@@ -399,23 +397,21 @@ def place(axes: Axes, side: str, values: Sequence[Any], name: str) -> list[float
     Numbers lie on a logarithmic scale, with 0 a decade below the lowest other one; words lie side by side.
     """
     known = sorted(set(values))
-    places = {value: float(number) for number, value in enumerate(known)}
+    places, shown = {value: float(number) for number, value in enumerate(known)}, known
     if not isinstance(known[0], str):
         lowest = min((value for value in known if value > 0), default=1)
         getattr(axes, f"set_{side}scale")("symlog", linthresh=lowest, linscale=0.9)
         places = {value: float(value) for value in known}
-        known = known if len(known) <= FEW else [known[0], known[len(known) // 2], known[-1]]
-    getattr(axes, f"set_{side}ticks")(
-        [places[value] for value in known], [one if isinstance(one, str) else f"{one:.3g}" for one in known]
-    )
+        shown = known if len(known) <= FEW else [known[0], known[len(known) // 2], known[-1]]
+    texts = [value if isinstance(value, str) else f"{value:.3g}" for value in shown]
+    getattr(axes, f"set_{side}ticks")([places[value] for value in shown], texts)
     axes.set(**{f"{side}label": NAMES.get(name, name)})
     return [places[value] for value in values]
 
 
 def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
     """A metric over both AXES: a colored point for each pair of values, few with their numbers; a star at the best."""
-    sides = zip("xy", zip(*points, strict=True), AXES, strict=True)
-    x, y = (place(axes, *side) for side in sides)
+    x, y = (place(axes, *side) for side in zip("xy", zip(*points, strict=True), AXES, strict=True))
     values = np.array([trial.figures[f"{metric}_auroc"] for trial in points.values()], float)
     axes.margins(0.15)
     drawn = axes.scatter(x, y, c=values, cmap="cividis", edgecolors=pages.INK, linewidths=0.8, s=200)
@@ -444,8 +440,7 @@ def draw_curves(axes: Axes, trials: Sequence[Trial], curves: Curves, choice: str
             color, width = (pages.SECOND, 2.2) if first else (pages.FAINT, 0.9)
             axes.plot(*zip(*points, strict=True), color=color, linewidth=width)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(f"dev AUROC: {choice}")
+    axes.set(xlabel="epoch", ylabel=f"dev AUROC: {choice}")
 
 
 def print_sweep(sweep: Sweep, trials: Sequence[Trial], settings: Sequence[Setting]) -> None:
