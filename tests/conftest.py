@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -172,19 +172,11 @@ def default_options(**changes: object) -> Options:
     return Options(**(values | changes))  # type: ignore[arg-type]
 
 
-def make_shards(
-    folder: Path,
-    out: Path,
-    options: Options | None = None,
-    *,
-    workers: int = 1,
-    max_bad: float = 0.0,
-    policies: Mapping[str, str | None] = POLICIES,
-    **source: Any,
-) -> RunSummary:
-    """Shards of a CheXpert folder, by the library; `source` is what find_source takes besides."""
-    found = find_source(folder, {}, source.pop("roots", []), **source)
-    return write_shards(found, out, options or default_options(), policies, Execution(workers, max_bad))
+def make_shards(folder: Path, out: Path, options: Options | None = None, **more: Any) -> RunSummary:
+    """Shards of a CheXpert folder, by the library; `more` are policies, and what Execution and find_source take."""
+    how, policies = Execution(more.pop("workers", 1), more.pop("max_bad", 0.0)), more.pop("policies", POLICIES)
+    source = find_source(folder, {}, more.pop("roots", []), **more)
+    return write_shards(source, out, options or default_options(), policies, how)
 
 
 def write_chexpert(root: Path, split: str, patients: range, seed: int = 0) -> list[dict[str, str]]:

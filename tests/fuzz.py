@@ -92,7 +92,7 @@ def make_example(folder: Path) -> Path:
     return folder / "shards"
 
 
-def read_csv(path: Path, _: Path) -> None:
+def read_csv(path: Path, shards: Path) -> None:
     """A CSV of labels, and the targets made of it."""
     table = read_any_table(path)
     assert len(set(table["key"].to_pylist())) == table.num_rows
@@ -108,7 +108,7 @@ def read_csv(path: Path, _: Path) -> None:
     assert np.isfinite(target[mask]).all()
 
 
-def read_tar(path: Path, _: Path) -> None:
+def read_tar(path: Path, shards: Path) -> None:
     """A tar that another program wrote: its labels, and the images of its samples."""
     source = find_source(path.parent, {}, [], "webdataset", [("patient", "patient"), ("Edema", "labels.Edema")])
     tables, _, _ = read_splits(source, views="all", dev=0, seed=0)
@@ -116,7 +116,7 @@ def read_tar(path: Path, _: Path) -> None:
         assert all(isinstance(content, bytes) for content in read_images(table["file"].to_pylist(), source.roots))
 
 
-def read_shards(path: Path, _: Path) -> None:
+def read_shards(path: Path, shards: Path) -> None:
     """manifest.json beside sound tables and shards."""
     manifest = read_manifest(path.parent)
     for name in manifest.splits:
@@ -153,7 +153,7 @@ def read_pickle(path: Path, shards: Path) -> None:
     load_checkpoint(checkpoint)
 
 
-def read_image(path: Path, _: Path) -> None:
+def read_image(path: Path, shards: Path) -> None:
     """An image of a source, prepared in every encoding and decoded again; and as a shard's own."""
     data = path.read_bytes()
     for encoding in ENCODINGS:

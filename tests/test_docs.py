@@ -151,24 +151,14 @@ def type_in(command: list[str], home: Path) -> None:
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
 
 
-def run_block(block: Block, clone: Path, needed: Path, home: Path) -> None:
-    """Type a block in a copy of that clone."""
-    shutil.copytree(clone, home, symlinks=True)
+@pytest.mark.parametrize("block", [*SHORT, *(pytest.param(block, marks=pytest.mark.docs) for block in LONG)], ids=name)
+def test_a_block_runs(block: Block, request: pytest.FixtureRequest, needed: Path, tmp_path: Path) -> None:
+    home = tmp_path / "docs"
+    shutil.copytree(request.getfixturevalue("trained" if block in LONG else "world"), home, symlinks=True)
     for path in block.needs:
         copy = shutil.copytree if (needed / path).is_dir() else shutil.copy
         copy(needed / path, home / path)
     type_in([*(["python", "-c"] if block.language == "python" else ["bash", "-ec"]), block.code], home)
-
-
-@pytest.mark.parametrize("block", SHORT, ids=name)
-def test_a_block_runs(block: Block, world: Path, needed: Path, tmp_path: Path) -> None:
-    run_block(block, world, needed, tmp_path / "docs")
-
-
-@pytest.mark.docs
-@pytest.mark.parametrize("block", LONG, ids=name)
-def test_a_longer_block_runs(block: Block, trained: Path, needed: Path, tmp_path: Path) -> None:
-    run_block(block, trained, needed, tmp_path / "docs")
 
 
 @pytest.fixture(scope="session")

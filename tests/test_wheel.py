@@ -38,8 +38,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(["tar", "-x", "-C", folder / "source"], input=archive, check=True)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", folder, folder / "source"], check=True)
-    (found,) = folder.glob("*.whl")
-    return found
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 def install(wheel: Path, folder: Path, extra: str = "") -> Path:
@@ -128,14 +128,8 @@ def test_an_exported_network_scores_with_three_packages(tmp_path: Path) -> None:
 LOCK = "# made by make lock\nnvidia-cublas==13.0\ntorch==2.15.0\ntorchvision==0.29.2\nuv==0.13.9\n"
 OWN = "ours-1.0-py3-none-any.whl"
 BACKEND = f'import shutil\ndef build_editable(folder, *_):\n    return shutil.copy("own/{OWN}", folder) and "{OWN}"\n'
-PROJECT = """[project]
-name = "ours"
-version = "1.0"
-[build-system]
-requires = []
-build-backend = "backend"
-backend-path = ["."]
-"""
+PROJECT = '[project]\nname = "ours"\nversion = "1.0"\n[build-system]\nrequires = []\n'
+PROJECT += 'build-backend = "backend"\nbackend-path = ["."]\n'
 
 
 def write_wheel(folder: Path, name: str, version: str) -> None:

@@ -138,12 +138,12 @@ def test_fewer_labels_are_compared_over_those_of_both_runs(run: Path, sample_sha
     assert list(less) == ["Edema", "Pleural Effusion", "Fracture", *MEANS]
     differences = []
     for label in few.labels:
-        first, second = (each.get("auroc", label).value for each in (compared, few))
-        if first is None or second is None:
+        value, other_value = (each.get("auroc", label).value for each in (compared, few))
+        if value is None or other_value is None:
             assert less[label] is None
         else:
-            assert less[label] == pytest.approx(first - second)
-            differences.append(first - second)
+            assert less[label] == pytest.approx(value - other_value)
+            differences.append(value - other_value)
     assert less["macro"] == pytest.approx(sum(differences) / len(differences))
     assert compared.get("auroc_difference", "macro", scorer=str(other)).change in printed
     assert compared.head["against"] == [str(other)]
