@@ -3,7 +3,6 @@
 Commands import modules that need torch only when they run, so `--help` and usage errors are quick.
 """
 
-import gc
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from pipeline.console import count_of, echo, refuse_usage, say_next
 
 if TYPE_CHECKING:
     from model.runs.run import Run
-    from model.runs.sweep import Figures, Point
+    from model.runs.sweep import Point
 
 SWEPT = ("lr", "weight_decay", "batch_size", "arch", "uncertain")  # options that a sweep may get more values of later
 Train = Callable[..., None]  # train.train
@@ -202,10 +201,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     setup = setup.checked()
     with needs("sweep"):
         from model.runs import sweep as sweeps
-    import torch
-
     from model.ranks import listen
-    from model.runs.results import measure_run
     from model.runs.run import open_run
 
     listen()
@@ -214,14 +210,6 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
 
     def make(point: "Point", folder: Path) -> "Run":
         return open_run(replace(base, **point), setup, folder)
-
-    def train_point(point: "Point", folder: Path) -> "Figures":
-        run = make(point, folder)
-        torch.compiler.reset()  # else it gives up after several networks in one process
-        gc.collect()  # a failed trial's traceback keeps its memory
-        torch.cuda.empty_cache()
-        train(run)
-        return measure_run(run)
 
     # Refuse a value that conflicts with the options before any point is trained.
     points: list[Point] = [{}, *({name: value} for name, tried in values.items() for value in tried[1:])]
@@ -236,7 +224,7 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     sweep = sweeps.Sweep(search.sweep, values, shared, search.sampler, search.trials or 0)
     sweeps.open_sweep(sweep)  # first, so that a sweep with other options keeps its report
     try:
-        sweeps.run_sweep(sweep, train_point)
+        sweeps.run_sweep(sweep, lambda point, folder: sweeps.train_run(train, make(point, folder)))
     finally:  # even after an error in one trial: report the others
         trials = sweeps.list_trials(sweep)
         settings = sweeps.compare_settings(run, trials)

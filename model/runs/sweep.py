@@ -9,6 +9,7 @@ for good, and one damaged line costs all trials. Two locks, which the kernel rel
     killed: the next process resumes it, exactly, in its run folder.
 """
 
+import gc
 import itertools
 import json
 import time
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
+import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -30,7 +32,7 @@ from optuna.trial import TrialState
 from model.predict import DivergedError, MemoryExhaustedError
 from model.ranks import ALONE
 from model.runs.config import name_choice, parse_choice
-from model.runs.results import choice_score, read_history, read_scored
+from model.runs.results import choice_score, measure_run, read_history, read_scored
 from model.runs.run import Run
 from pipeline.base import pages
 from pipeline.base.errors import DataError, describe_difference
@@ -202,6 +204,15 @@ def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
     left = (len(sweep.grid) if sweep.sampler == "grid" else sweep.trials) - len(spent)
     rest = f"; {count_of(left, 'trial')} to go{show_left(left * sum(spent) / len(spent))}" if left > 0 else ""
     say(f"Trial {trial.number}: {ending}{rest}")
+
+
+def train_run(train: Callable[[Run], None], run: Run) -> Figures:
+    """Train the run of a trial; returns its results."""
+    torch.compiler.reset()  # else it gives up after several networks in one process
+    gc.collect()  # a failed trial's traceback keeps its memory
+    torch.cuda.empty_cache()
+    train(run)
+    return measure_run(run)
 
 
 def propose(sweep: Sweep, trials: Sequence[Trial]) -> list[Point]:
