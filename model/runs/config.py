@@ -422,7 +422,8 @@ def is_finished(config: Config, setup: Setup, folder: Path) -> bool:
     """Whether this run is already trained and reported, in which case a message says so; needs no torch."""
     if not is_reported(folder):
         return False
-    if resolve_config(config, setup.open(), setup.teacher, open_start(config, setup.init)) != read_config(folder):
+    start = open_start(config, setup.init)
+    if resolve_config(config, setup.open(), setup.teacher, start) != read_config(folder):
         return False  # `begin_run` reports the difference
     say_finished(folder, json.loads(read_bytes(folder / "metrics.jsonl").splitlines()[-1])["step"])
     return True

@@ -272,9 +272,9 @@ def compare_settings(run: Run, trials: Sequence[Trial]) -> list[Setting]:
     scored: dict[int, Scored] = {}
     for trial in rank(trials):
         if trial.dev is not None:
-            values = {NAMES.get(name, name): value for name, value in trial.parameters.items() if name != "seed"}
-            name = ", ".join(f"{name} {show_value(value)}" for name, value in values.items())
-            groups.setdefault(name or "all seeds", []).append(trial)
+            varied = {NAMES.get(name, name): value for name, value in trial.parameters.items() if name != "seed"}
+            setting = ", ".join(f"{name} {show_value(value)}" for name, value in varied.items()) or "all seeds"
+            groups.setdefault(setting, []).append(trial)
             scored[trial.number] = read_scored(run, trial.folder, "dev")
     if not groups:
         return []
