@@ -182,9 +182,8 @@ def _draw_pr(curve: Curve, axes: "Axes") -> None:
 def _draw_reliability(score: Floats, calibrated: Floats, truth: Bools, axes: "Axes") -> None:
     axes.plot([0, 1], [0, 1], ":", color=pages.FAINT)
     for values, style, color in ((score, "s--", pages.SECOND), (calibrated, "o-", pages.FIRST)):
-        bins = reliability(values, truth)
-        enough = bins.cells >= FEW
-        axes.plot(bins.score[enough], bins.share[enough], style, color=color, markersize=3)
+        mean, share, cells = reliability(values, truth)
+        axes.plot(mean[cells >= FEW], share[cells >= FEW], style, color=color, markersize=3)
     axes.set(xlabel="mean score", ylabel="share of positives")
 
 

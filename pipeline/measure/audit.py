@@ -20,7 +20,7 @@ import scipy
 
 from pipeline.labels import LABELS, name_ages
 from pipeline.measure.delong import measure_areas, score_limits, score_variance
-from pipeline.measure.metrics import NOTHING, Bools, Columns, Facts, Floats, Ints, count_classes, student_quantile
+from pipeline.measure.metrics import NOTHING, Bools, Facts, Floats, Ints, Named, count_classes, student_quantile
 
 THRESHOLD = 0.6  # an AUROC that no covariate of a sound data set should exceed
 LEVEL = 0.05
@@ -28,7 +28,7 @@ PATIENT, TOGETHER = "patient number", "all together"
 DEVICES = "Support Devices"
 FOLDS = 5
 MOST_PATIENTS = 20_000  # for the model of all covariates together
-# Columns of numbers, and what to call them.
+# Named of numbers, and what to call them.
 NUMBERS = {
     "study": "study number",
     "age": "age",
@@ -37,7 +37,7 @@ NUMBERS = {
     "bits": "bit depth",
     "jpeg_quality": "JPEG quality",
 }
-# Columns of names, and the two values to compare; the covariate is named by the second, and is 1 for it.
+# Named of names, and the two values to compare; the covariate is named by the second, and is 1 for it.
 PAIRS = {"view": ("frontal", "lateral"), "projection": ("PA", "AP"), "sex": ("Female", "Male")}
 
 
@@ -82,8 +82,7 @@ class Clue:
 class Audit:
     """All clues, by `adjusted` from the highest down.
 
-    `left_out` gives the reason for each missing covariate; `few` are the annotated labels with fewer than 10 patients
-    in a class.
+    `left_out` gives why a covariate is missing; `few` are annotated labels with fewer than 10 patients in a class.
     """
 
     images: int
@@ -97,11 +96,8 @@ class Audit:
     @property
     def alarms(self) -> dict[str, list[Clue]]:
         """The clues that raise an alarm, by label, worst first."""
-        alarms: dict[str, list[Clue]] = {}
-        for clue in self.clues:
-            if clue.alarm:
-                alarms.setdefault(clue.label, []).append(clue)
-        return alarms
+        labels = dict.fromkeys(clue.label for clue in self.clues if clue.alarm)
+        return {label: [clue for clue in self.clues if clue.alarm and clue.label == label] for label in labels}
 
     @property
     def size(self) -> str:
@@ -129,19 +125,12 @@ class Audit:
 
 
 def audit_labels(
-    table: pa.Table,
-    target: Floats,
-    mask: Bools,
-    edge: Columns = NOTHING,
-    content: Columns = NOTHING,
-    *,
-    together: bool = True,
+    table: pa.Table, target: Floats, mask: Bools, edge: Named = NOTHING, content: Named = NOTHING, together: bool = True
 ) -> Audit:
     """What predicts the labels of a table, whose targets [N, 14] are in {0, 1} on the cells of mask [N, 14].
 
     Covariates [N], besides the table's, are NaN if unknown. Those of the image's `edge` are acquisition covariates, but
-    content for Support Devices, whose wires and lines cross the edge. Without `together`, no model of all of them is
-    fitted.
+    content for Support Devices, whose wires cross it. Without `together`, no model of all of them is fitted.
     """
     # In the order of their names, so that folds do not depend on the order of rows.
     patient = np.unique(table["patient"].to_numpy(), return_inverse=True)[1]
@@ -177,9 +166,8 @@ def audit_labels(
 def predict(values: Floats, goal: Bools | Floats, used: Bools, patient: Ints) -> Floats:
     """Predictions of a label or a number [N] from covariates [N, C], for patients that the model did not see.
 
-    Boosted trees (scikit-learn), which need no scaling and handle missing values, on five folds of at most 20,000
-    patients; NaN without a prediction. Predictions are ranks within their fold, as the models' levels differ by their
-    training patients' share of positives.
+    Boosted trees on five folds of at most 20,000 patients; NaN without a prediction. Predictions are ranks within their
+    fold, as the models' levels differ by their training patients' share of positives.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # take a second
     from threadpoolctl import threadpool_limits
@@ -227,10 +215,7 @@ def _adjust(clues: Sequence[Clue]) -> Iterator[Clue]:
 
 
 def find_covariates(table: pa.Table) -> tuple[dict[str, Floats], dict[str, str]]:
-    """Covariates [N] of a label table's rows that differ between images, NaN if unknown; and why others are left out.
-
-    Both by readable names.
-    """
+    """Covariates [N] of a label table that differ between images, NaN if unknown; and why others are left out."""
     unknown = np.full(table.num_rows, np.nan)
     digits = pc.struct_field(pc.extract_regex(table["patient"], r"(?P<number>\d{1,15})$"), "number")
     covariates = {PATIENT: unknown if digits.null_count else digits.cast(pa.float64()).to_numpy()}

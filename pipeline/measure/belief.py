@@ -28,7 +28,7 @@ from pipeline.measure import metrics
 from pipeline.measure.audit import DEVICES, predict, shorten
 from pipeline.measure.delong import Areas, combine, measure_areas, score_limits, score_variance, share_won
 from pipeline.measure.evaluation import Evaluation
-from pipeline.measure.metrics import FEW, NO_LIMITS, NOTHING, Bools, Cells, Columns, Facts, Figure, Floats, Ints, Names
+from pipeline.measure.metrics import FEW, NO_LIMITS, NOTHING, Bools, Cells, Facts, Figure, Floats, Ints, Named, Names
 from pipeline.measure.scores import Scored
 
 NO_FINDING = "No Finding"  # has no positives in common with any label, so it makes no strata
@@ -52,9 +52,7 @@ class Within(NamedTuple):
     left: Figure
 
 
-def add_belief(
-    evaluation: Evaluation, images: Scored, covariates: Columns, strata: Facts, edge: Columns = NOTHING
-) -> None:
+def add_belief(evaluation: Evaluation, images: Scored, covariates: Named, strata: Facts, edge: Named = NOTHING) -> None:
     """Add what each label's AUROC rests on; labels with fewer than 10 patients in a class are left out.
 
     `covariates` are numbers [N] by name, NaN if unknown; `strata` are names [N] by variable, empty if unknown.
@@ -98,9 +96,7 @@ def add_belief(
         evaluation.add(level, name, "verdict", group=mark, note=f"{text}: {verdict}.")
 
 
-def assess_belief(
-    names: Sequence[str], images: Scored, covariates: Columns, strata: Facts
-) -> dict[str, dict[str, str]]:
+def assess_belief(names: Sequence[str], images: Scored, covariates: Named, strata: Facts) -> dict[str, dict[str, str]]:
     """The `mark` and the `verdict` of each label with a verdict, as from `add_belief`."""
     evaluation = Evaluation({"split": "", "unit": "image", "labels": list(names)})
     add_belief(evaluation, images, covariates, strata)
@@ -156,7 +152,7 @@ def measure_within(cells: Cells, used: Bools | None = None, group: Ints | None =
     return measure_areas(cells.score[:, None], cells.truth[:, None].astype(float), mask[:, None], cells.patient, group)
 
 
-def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Columns) -> Figure:
+def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Named) -> Figure:
     """AUROC of scores [n] under overlap weights, with limits, and the effective number of cells per class.
 
     The weights, 1 - e for positives and e for negatives, e from a logistic regression on the covariates, make these the
@@ -196,10 +192,7 @@ def measure_balanced(score: Floats, truth: Bools, patient: Names, covariates: Co
 
 
 def find_confounder(names: Sequence[str], images: Scored, column: int) -> dict[str, Ints]:
-    """The states [n], -1 if unknown, of the label most associated with the one in `column`, by its name.
-
-    Chosen among labels with a state in which 10 images of each class of the one in `column` can be compared.
-    """
+    """The states [n], -1 if unknown, of the label most associated with the one in `column`, by its name, if any."""
     positive = images.target == 1
     truth = positive[:, [column]]
     # Images by class of the label in `column`, and by state of each label: [2, 2, L].
@@ -207,6 +200,7 @@ def find_confounder(names: Sequence[str], images: Scored, column: int) -> dict[s
         [[(images.mask & (truth == own) & (positive == state)).sum(axis=0) for state in (0, 1)] for own in (0, 1)]
     )
     shares = cells[:, 1] / np.maximum(cells.sum(axis=1), 1)
+    # A state in which 10 images of each class of the label in `column` can be compared.
     usable = (cells.min(axis=0).max(axis=0) >= FEW) & (cells.sum(axis=1).min(axis=0) > 0)
     usable &= [NO_FINDING not in (name, names[column]) and name != names[column] for name in names]
     gaps = np.where(usable, np.abs(shares[1] - shares[0]), -1)

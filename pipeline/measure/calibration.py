@@ -1,8 +1,8 @@
 """Scores on dev → a calibration and thresholds per label, which are then applied to any split.
 
-A calibrated score is sigmoid(logit(score) / temperature + bias), for each label (Platt, Probabilistic outputs for
-support vector machines, 1999); the bias undoes the shift by class weights and balanced sampling. Calibration
-keeps the order of scores, so thresholds apply to the raw score: positive is `score >= threshold`.
+A calibrated score is sigmoid(logit(score) / temperature + bias) (Platt, Probabilistic outputs for support vector
+machines, 1999); the bias undoes the shift by class weights and balanced sampling. Calibration keeps the order of
+scores, so thresholds apply to the raw score: positive is `score >= threshold`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,16 +41,14 @@ def fit_calibration(
 ) -> dict[str, Calibration]:
     """Per label: `temperature`, `bias`, `thresholds` by rule, and a `note` if any is None; ready for JSON.
 
-    Scores [N, L], targets [N, L] in {0, 1}, mask [N, L], patients [N]. Temperature and bias are
-    None, and scores stay unchanged, if a fit does not raise the likelihood of held-out patients. The thresholds of
-    RULES: the maximum of Youden's J (sensitivity + specificity - 1), the maximum of F1, and the highest threshold
-    whose sensitivity is at least `sensitivity`; ties go to the highest. Raises ValueError if a score is not finite.
+    Scores [N, L], targets [N, L] in {0, 1}, mask [N, L], patients [N]. Temperature and bias are None, and scores stay
+    unchanged, if `choose_fit` says so. Raises ValueError if a score is not finite.
     """
     labels: dict[str, Calibration] = {}
     for name, score, truth, owner in label_cells(names, scores, target, mask, patient):
+        thresholds: dict[str, float | None] = dict.fromkeys(RULES)
         fit: Fit | None = None
         note: str | None = "one class: no thresholds, scores as they are"
-        thresholds: dict[str, float | None] = dict.fromkeys(RULES)
         if truth.any() and not truth.all():
             thresholds |= choose_thresholds(score, truth, sensitivity)
             fit, note = choose_fit(score, truth, owner)
@@ -60,11 +58,7 @@ def fit_calibration(
 
 
 def choose_fit(score: Floats, truth: Bools, patient: Names) -> tuple[Fit | None, str | None]:
-    """The fit to scores [n] of both classes if it beats no calibration; otherwise None and the reason.
-
-    It does if, over five folds, the log-likelihood of held-out patients is higher with a fit to the others than
-    without.
-    """
+    """The fit to scores [n] of both classes; None and the reason if it lowers the likelihood of held-out patients."""
     fold = deal_folds(truth, np.unique(patient, return_inverse=True)[1])
     logits, gain = _logits(score), 0.0
     for number in range(FOLDS):
@@ -83,10 +77,7 @@ def choose_fit(score: Floats, truth: Bools, patient: Names) -> tuple[Fit | None,
 
 
 def deal_folds(truth: Bools, codes: Ints) -> Ints:
-    """The fold of each cell [n]: a patient's cells share a fold, and patients with positives are dealt out evenly.
-
-    Patients with equally many positives are dealt in the order of their codes.
-    """
+    """The fold of each cell [n]: that of its patient, who are dealt by their number of positives, then by code."""
     positives = np.bincount(codes, truth)
     order = np.argsort(-positives, kind="stable")
     fold = np.empty(len(order), np.int64)
@@ -133,9 +124,10 @@ def apply_calibrations(names: Sequence[str], scores: Floats, calibration: Mappin
 def choose_thresholds(score: Floats, truth: Bools, sensitivity: float) -> dict[str, float]:
     """The threshold of each of RULES for scores [n] of both classes, halfway between two scores, in logits.
 
-    A threshold equal to a score would depend on the last bit, which differs by processor, batch size and runtime. So
-    scores too close to each other are not separated: nearer than GAP in logits (or than the median gap, if scores are
-    dense) or than 16 units of a float32's last place. Below all scores, the threshold is 0.
+    They are those of the highest Youden's J (sensitivity + specificity - 1), of the highest F1, and the highest one
+    whose sensitivity is at least `sensitivity`; ties go to the highest; below all scores, it is 0. A threshold equal to
+    a score would depend on the last bit, which differs by processor, batch size and runtime. So scores nearer than GAP
+    in logits (or than the median gap, if scores are dense), or than 16 units of a float32's last place, stay together.
     """
     curve = threshold_curve(score, truth)
     logits = _logits(curve.threshold)

@@ -1,11 +1,4 @@
-"""Label table → counts of the four states per label: by group, jointly, under a policy.
-
-SOURCE may be a folder of shards, a CheXpert folder, or one CSV (`.csv` or `.csv.gz`):
-
-    pipeline stats CheXpert-v1.0-small/train.csv --by sex --policy best --html labels.html
-
-Everything is counted on whole columns, with no Python per row.
-"""
+"""Label table → counts of the four states per label: by group, jointly, under a policy; on whole columns."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -89,10 +82,7 @@ def count_cooccurrence(table: pa.Table) -> npt.NDArray[np.float64]:
 
 
 def parse_policies(text: str) -> tuple[dict[str, str], str]:
-    """Uncertain policy per label and blank policy from `best,Edema=zeros,blank=ignore` (blank: zeros by default).
-
-    Raises DataError for an unknown policy or label.
-    """
+    """Uncertain policy per label, and blank policy, of `best,Edema=zeros,blank=ignore`. Raises DataError."""
     parts = [part.strip() for part in text.split(",")]
     blanks = [part.removeprefix("blank=") for part in parts if part.startswith("blank=")]
     rest = [part for part in parts if not part.startswith("blank=")]
@@ -103,10 +93,9 @@ def parse_policies(text: str) -> tuple[dict[str, str], str]:
 def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> Statistics:
     """Counts of the targets that `policies.make_targets` would make, from states alone; `open` cells have no class.
 
-    A soft target counts as the nearer class: each smoothing range lies on one side of 0.5. The mean target
-    of smoothed cells is the middle of their range, which is their expected value. `pos_weight` is
-    negatives / positives, in which a soft target counts partly for each, as in training (which caps it at 20); None
-    if the label is left with one class.
+    A soft target counts as the nearer class, and in the mean as its expected value, the middle of its range.
+    `pos_weight` is negatives / positives, in which a soft target counts partly for each, as in training (which caps it
+    at 20); None if the label is left with one class.
     """
     targets: Labels = {}
     for label, counts in labels.items():
@@ -134,13 +123,12 @@ def count_targets(labels: Labels, uncertain: Mapping[str, str], blank: str) -> S
 
 def describe_views(table: pa.Table) -> str:
     """How many studies of a label table have which views, in words, most common first."""
-    study = number_studies(table)
-    by_view = (pc.equal(table["view"], view).to_numpy() for view in ("frontal", "lateral", "other"))
-    counts = (np.bincount(study[rows], minlength=study.max() + 1).tolist() for rows in by_view)
-    common = Counter(zip(*counts, strict=True)).most_common()
+    study, kinds = number_studies(table), {"frontal": "frontal", "lateral": "lateral", "other": "other view"}
+    rows = [study[pc.equal(table["view"], view).to_numpy()] for view in kinds]
+    counts = [np.bincount(numbers, minlength=study.max() + 1).tolist() for numbers in rows]
     texts = []
-    for views, count in common:
-        named = zip(views, ("frontal", "lateral", "other view"), strict=True)
-        names = " and ".join(f"{many} {view}{'s' if many > 1 else ''}" for many, view in named if many)
-        texts.append(f"{count:,} with {names}")
+    for views, studies in Counter(zip(*counts, strict=True)).most_common():
+        named = zip(views, kinds.values(), strict=True)
+        names = " and ".join(f"{count} {kind}{'s' if count > 1 else ''}" for count, kind in named if count)
+        texts.append(f"{studies:,} with {names}")
     return f"studies: {', '.join(texts)}"

@@ -47,9 +47,7 @@ class Areas(NamedTuple):
 
 
 class _Clusters(NamedTuple):
-    """Patients' contributions to an area's error, and how many patients these rest on."""
-
-    influence: Floats  # [P]
+    influence: Floats  # [P] patients' contributions to an area's error
     owners: int  # the patients with the rarer class
     freedom: float  # Satterthwaite's degrees of freedom
     kish: float  # the design effect if a patient's images were the same: 1 with one image of a class per patient
@@ -58,10 +56,7 @@ class _Clusters(NamedTuple):
 
 
 def report_auroc(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> Figure:
-    """AUROCs as `measure_areas` takes them: `labels`, each with `auroc` and the counts of its cells, and their means.
-
-    An AUROC is None with one class. The means, as of `average`, are `macro_auroc`, and so on.
-    """
+    """`labels`, each with `auroc`, None with one class, and the counts of its cells; and `macro_auroc` and so on."""
     areas = measure_areas(scores, target, mask, patient)
     means, counts = average(names, areas).items(), areas.count_cells()
     values = {label: combine(areas, weigh_labels(names, over))["value"] for label, over in means}
@@ -245,10 +240,7 @@ def influence_precision(score: Floats, truth: Bools) -> tuple[float, Floats]:
 
 
 def _cluster(cells: Floats, truth: Bools, own: Ints, codes: Ints, patients: int) -> _Clusters:
-    """Patients' contributions, from those of their cells [n], of whose class (and stratum) there are `own` [n] cells.
-
-    Each class counts its own patients.
-    """
+    """Patients' contributions, from those of their cells [n], whose class (and stratum) has `own` [n] cells."""
     influence, kish, errors = np.zeros(patients), 1.0, []
     for side in (truth, ~truth):
         counts = np.bincount(codes[side])

@@ -27,7 +27,7 @@ from pipeline.measure.belief import add_belief
 from pipeline.measure.calibration import Calibration, apply_calibration, fit_calibration
 from pipeline.measure.delong import Areas, average, combine, measure_areas, measure_precision, subtract, weigh_labels
 from pipeline.measure.evaluation import COMMON, OWN, UNITS, Evaluation
-from pipeline.measure.metrics import FEW, NO_LIMITS, NOTHING, Bools, Columns, Facts, Figure, Floats, Names, label_cells
+from pipeline.measure.metrics import FEW, NO_LIMITS, NOTHING, Bools, Facts, Figure, Floats, Named, Names, label_cells
 from pipeline.measure.scores import Scored as Scored
 from pipeline.measure.scores import study_level as study_level
 
@@ -53,11 +53,11 @@ class Beside(NamedTuple):
     [N, L] of 1, 0 or NaN. `edge` are gray levels [N] outside the lungs.
     """
 
-    against: Columns = NOTHING
-    readers: Columns = NOTHING
-    members: Columns = NOTHING
-    altered: Columns = NOTHING
-    edge: Columns = NOTHING
+    against: Named = NOTHING
+    readers: Named = NOTHING
+    members: Named = NOTHING
+    altered: Named = NOTHING
+    edge: Named = NOTHING
 
 
 NONE = Beside()
@@ -68,8 +68,7 @@ def judge_scores(
 ) -> Evaluation:
     """The evaluation of scores: of `images`, whose facts are the rows of a label table.
 
-    `evaluated` describes them: `split`, `unit`, `labels`, and anything else for the head. `calibration` is
-    what `calibrate` or `leave_uncalibrated` returns.
+    `evaluated` has `split`, `unit`, `labels`, and anything else for the head; `calibration` is as for `assess`.
     """
     # Numbers in the order of names sort three times as fast as names.
     images = images._replace(patient=np.unique(images.patient, return_inverse=True)[1])
@@ -96,10 +95,7 @@ def judge_scores(
 
 
 def calibrate(names: Sequence[str], dev: Scored, sensitivity: float = 0.9, combine: str = "max") -> dict[str, Any]:
-    """Calibration and thresholds per label (`fit_calibration`), fitted on dev's images and on its studies.
-
-    `combine` is how the views' scores make a study's score: max or mean.
-    """
+    """`fit_calibration` on dev's images, and on its studies, whose scores are the max or mean of their views'."""
     levels = {"image": dev, "study": study_level(dev, combine)}
     fits = {level: fit_calibration(names, *rows[:4], sensitivity) for level, rows in levels.items()}
     return {"sensitivity": sensitivity, "combine": combine} | fits
@@ -123,9 +119,8 @@ def assess(
 ) -> Evaluation:
     """The figures of a split's scores; `fits` is what `calibrate` or `leave_uncalibrated` returns.
 
-    `unit` is what a row of `images` is: image or study. `facts` are texts [N] for further subgroups, None if unknown;
-    those of more than MOST_GROUPS values are counted in `many_groups` of the head instead. Raises ValueError if there
-    are no images or a score is not finite.
+    `unit` is what a row of `images` is: image or study. `facts` are texts [N] of more subgroups, None if unknown; those
+    with many values only count in `many_groups` of the head. ValueError for no images, or a score that is not finite.
     """
     if len(images.scores) == 0:
         raise ValueError("no images to evaluate")
@@ -294,13 +289,12 @@ def combine_views(table: pa.Table, scores: Floats, studies: Scored) -> dict[str,
 
 
 def add_comparisons(
-    evaluation: Evaluation, level: str, rows: Scored, others: Columns, mean: str = "", names: Sequence[str] = ()
+    evaluation: Evaluation, level: str, rows: Scored, others: Named, mean: str = "", names: Sequence[str] = ()
 ) -> None:
     """Add AUROC and AUPRC of other scores [N, L] of the same rows, and ours minus them, for findings and means.
 
-    With `mean`, also those of the mean of all others' areas, by that name. Differences are contrasts of correlated
-    areas, paired by patient. `names` are those of the columns, by default the evaluation's. Means are over the same
-    findings as ours.
+    With `mean`, also those of the mean of all others' areas, by that name. Differences are paired by patient. `names`
+    are those of the columns, by default the evaluation's. Means are over the same findings as ours.
     """
     if not others:
         return
@@ -352,7 +346,7 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
         evaluation.add(level, label, "auroc_difference", group=OWN, **difference, few=few, note=note)
 
 
-def add_readers(evaluation: Evaluation, studies: Scored, readers: Columns) -> None:
+def add_readers(evaluation: Evaluation, studies: Scored, readers: Named) -> None:
     """Add each reader's rates, from calls [S, L] of 1, 0 or NaN (not read). All figures are of the studies read.
 
     `network` is the sensitivity of the network's ROC curve, linear between its points, at the reader's specificity,

@@ -118,8 +118,8 @@ def decode_rle(size: Sequence[int], counts: str | Sequence[int]) -> Bools:
 def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     """By label, and for all cells: hit rate and IoU with intervals that take patients as clusters, chance and its p.
 
-    With `few` patients, fewer than 10, IoU has no interval, since it would be too narrow. `fixed` is the
-    hit rate of a map that does not depend on the image: the mean of the label's maps of other patients.
+    With `few` patients IoU has no interval: it would be too narrow. `fixed` is the hit rate of a map that does not
+    depend on the image: the mean of the label's maps of other patients.
     """
     hit = np.array([cell.heat.max() > 0 and cell.marked.flat[cell.heat.argmax()] for cell in cells], bool)
     sums: dict[tuple[str, ...], Any] = {}  # of the maps of a label, and of a label and patient

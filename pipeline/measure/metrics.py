@@ -1,8 +1,4 @@
-"""Scores, targets and masks → Brier score, calibration error, rates at a threshold; what their means are over.
-
-A label with one class has no AUROC and no AUPRC: both are None and the label is listed as skipped, never 0 and never
-part of a mean. Everything is float64.
-"""
+"""Scores, targets and masks → Brier score, calibration error, net benefit, and rates with limits; in float64."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -16,7 +12,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.integer[Any]]
 Names = npt.NDArray[Any]  # [N] of patients, studies or groups
-Columns = Mapping[str, Floats]  # [N] or [N, L], by the name of their source
+Named = Mapping[str, Floats]  # [N] or [N, L], by the name of their source
 Facts = Mapping[str, Names]  # [N] by variable
 Figure = dict[str, Any]  # of an evaluation's row, numbers or None
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -38,14 +34,6 @@ class Cells(NamedTuple):
     patient: Names  # [n]
 
 
-class Reliability(NamedTuple):
-    """The non-empty bins of a label's scores: mean score, share of positives, number of cells."""
-
-    score: Floats
-    share: Floats
-    cells: Ints
-
-
 class Curve(NamedTuple):
     """Counts of cells called positive at each distinct score as threshold, from the highest down."""
 
@@ -62,10 +50,7 @@ def count_classes(truth: Bools, patient: Names) -> Figure:
 
 
 def label_cells(names: Sequence[str], scores: Floats, target: Floats, mask: Bools, patient: Names) -> Iterator[Cells]:
-    """The cells of each label, of scores, targets and mask [N, L] and patients [N].
-
-    Raises ValueError if a score is not finite.
-    """
+    """The cells of each label, of scores, target and mask [N, L], patient [N]; ValueError if a score is not finite."""
     if not np.isfinite(scores).all():
         raise ValueError("scores are not finite")
     for column, name in enumerate(names):
@@ -84,11 +69,11 @@ def cross_entropy(score: Floats, target: Floats, mask: Bools) -> float:
     return float(-np.log(np.maximum(chance, np.finfo(chance.dtype).eps)).mean())
 
 
-def reliability(score: Floats, truth: Bools) -> Reliability:
-    """Scores in 15 bins of equal width, closed on the right."""
+def reliability(score: Floats, truth: Bools) -> tuple[Floats, Floats, Ints]:
+    """Mean score, share of positives and cells of the non-empty of 15 bins of equal width, closed on the right."""
     _, bins = np.unique(np.searchsorted(np.arange(1, BINS) / BINS, score.astype(np.float64)), return_inverse=True)
     cells = np.bincount(bins)
-    return Reliability(np.bincount(bins, score) / cells, np.bincount(bins, truth) / cells, cells)
+    return np.bincount(bins, score) / cells, np.bincount(bins, truth) / cells, cells
 
 
 def calibration_error(score: Floats, truth: Bools) -> float | None:
@@ -97,8 +82,8 @@ def calibration_error(score: Floats, truth: Bools) -> float | None:
     Naeini et al., "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015, with the bins of
     Guo et al., "On calibration of modern neural networks", ICML 2017; on the score of positive.
     """
-    bins = reliability(score, truth)
-    return float(np.average(np.abs(bins.share - bins.score), weights=bins.cells)) if len(truth) else None
+    mean, share, cells = reliability(score, truth)
+    return float(np.average(np.abs(share - mean), weights=cells)) if len(truth) else None
 
 
 def threshold_curve(score: Floats, truth: Bools) -> Curve:
@@ -109,10 +94,9 @@ def threshold_curve(score: Floats, truth: Bools) -> Curve:
 
 
 def measure_rates(threshold: float, score: Floats, truth: Bools, patient: Names) -> dict[str, Figure]:
-    """Sensitivity, specificity, PPV, NPV and F1 of `score >= threshold`, each a `value`; None if a denominator is 0.
+    """Sensitivity, specificity, PPV and NPV of `score >= threshold`, as `measure_share`; and the `value` of F1.
 
-    Those that are a share of cells have `low` and `high` (`wilson_limits`). F1 is 2 TP / (2 TP + FP + FN), and None
-    without positives.
+    F1 is 2 TP / (2 TP + FP + FN), and None without positives.
     """
     called = score >= threshold
     shares = {"sensitivity": (called, truth), "specificity": (~called, ~truth)}
@@ -133,10 +117,9 @@ def net_benefit(probability: Floats, truth: Bools, threshold: float) -> Floats:
 
 
 def decide(probability: Floats, truth: Bools, owner: Names, threshold: float) -> dict[str, Figure]:
-    """Net benefit of calling cells [n ≥ 1] by a threshold, of calling all, and the gain over the better default.
+    """Net benefit of calling cells [n ≥ 1] by a threshold, of calling all, and the gain, with `mean_limits`.
 
-    The defaults are calling all, and calling none with net benefit 0. The gain's limits are those of a mean with owners
-    [n] as clusters and Student's t; None with one owner.
+    The gain is over the better default: calling all, or none with net benefit 0.
     """
     model, calls = (net_benefit(values, truth, threshold) for values in (probability, np.ones(len(truth))))
     benefits = {"net_benefit": {"value": float(model.mean())}, "net_benefit_all": {"value": float(calls.mean())}}

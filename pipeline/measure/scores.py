@@ -1,11 +1,8 @@
 """Scores of images or studies, from any source: a CSV, Parquet or Arrow file with a row for each, a column per label.
 
 Rows are identified by a column of KEYS (an image's key, path or file name), else a study's path, else patient and
-study. A run writes its scores as `scores-<split>.arrow`, in the order of the split's table:
-    key         string   as in that table
-    patient     string
-    study       int32
-    <labels>    float64  score in [0, 1], of the labels that the run learned
+study. A run writes `scores-<split>.arrow`, in the order of the split's table: key and patient (string), study (int32)
+as in that table, and of each label that it learned the score in [0, 1] (float64).
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,10 +52,10 @@ class Scored(NamedTuple):
 
 
 def study_level(images: Scored, combine: str = "max") -> Scored:
-    """One row per study: the max or mean of its views' scores; a cell is in the mask if any view's is.
+    """One row per study: the max or mean of its views' scores, which share their labels and facts.
 
-    Views of a study share their labels, patient, sex and age; cells outside the mask (damaged images) are ignored.
-    Raises ValueError for any other `combine`.
+    A cell is in the mask if any view's is; cells outside the mask (damaged images) are ignored. Raises ValueError for
+    any other `combine`.
     """
     if combine not in ("max", "mean"):
         raise ValueError(f"combine is '{combine}'; choose max or mean")
@@ -90,15 +87,14 @@ class Scores(NamedTuple):
         """Return self. Raises DataError for a column in which all scores are equal."""
         for name, values in zip(self.labels, self.values.T, strict=True):
             if len(values) > 1 and np.ptp(values) == 0:
-                text = f"all {len(values):,} scores are {values[0]:g}: nothing to judge"
-                raise DataError(f"{self.path}, column {name}: {text}")
+                alike = f"all {len(values):,} scores are {values[0]:g}"
+                raise DataError(f"{self.path}, column {name}: {alike}: nothing to judge")
         return self
 
     def align(self, table: pa.Table, note: Note) -> Ints:
-        """The row [N] of the scores for each row of a label table, -1 if there is none.
+        """The row [N] of the scores for each row of a label table, -1 if there is none; `note` gets what is left over.
 
-        `note` is called with what is left over on either side. Raises DataError if nothing is joined, if a name occurs
-        twice in any spelling, and if names are of images of several sets.
+        Raises DataError if nothing is joined, if a name occurs twice in any spelling, and if names are of several sets.
         """
         names, unit = table["key"].combine_chunks(), "images"
         if self.unit == "study":
@@ -124,12 +120,9 @@ class Scores(NamedTuple):
 
     def take(self, rows: Ints, names: Sequence[str]) -> Floats:
         """The scores [N, L] of those labels, for rows as `align` returns them; NaN without a row or a column."""
-        chosen = np.full((len(rows), len(names)), np.nan)
-        for column, name in enumerate(names):
-            if name in self.labels:
-                values = self.values[:, self.labels.index(name)]
-                chosen[:, column] = np.where(rows >= 0, values[rows], np.nan)
-        return chosen
+        columns = np.array([self.labels.index(name) if name in self.labels else -1 for name in names])
+        known = (rows >= 0)[:, None] & (columns >= 0)
+        return np.where(known, self.values[rows[:, None], columns], np.nan)
 
     def take_all(self, table: pa.Table, names: Sequence[str]) -> Floats:
         """The scores [N, L] of each row of a label table. Raises DataError if a row or all labels are missing."""
@@ -253,10 +246,7 @@ def write_scores(path: Path, table: pa.Table, labels: Sequence[str], scores: Flo
 
 
 def read_scores(path: Path, keys: pa.ChunkedArray, labels: Sequence[str] = LABELS) -> Floats:
-    """The scores [N, L] of the labels for the images `keys` [N] of a run, whatever the file's order.
-
-    Raises DataError as `open_scores`, and if the file lacks an image or a label.
-    """
+    """The scores [N, L] of a run's images `keys` [N]. DataError as `open_scores`, and if one or a label is missing."""
     scores = open_scores(path)
     demand_columns(path, scores.labels, labels)
     rows = pc.index_in(keys.cast(pa.string()), value_set=scores.names)

@@ -1,17 +1,13 @@
 """What a label's AUROC rests on: within strata, balanced, and predicted by covariates."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from pipeline.measure.belief import Within, add_belief, assess_belief, judge, measure_balanced, split_values
 from pipeline.measure.evaluate import Scored
 from pipeline.measure.evaluation import Evaluation
-
-Floats = npt.NDArray[np.floating[Any]]
+from pipeline.measure.metrics import Facts, Floats, Named
 
 
 def draw(seed: int, rows: int = 400, shortcut: float = 0, signal: float = 1) -> tuple[Floats, Floats, Floats]:
@@ -25,44 +21,37 @@ def draw(seed: int, rows: int = 400, shortcut: float = 0, signal: float = 1) -> 
 
 def scored(target: Floats, scores: Floats) -> Scored:
     rows = np.arange(len(target))
-    mask = np.ones((len(target), 1), bool)
-    return Scored(scores[:, None], target[:, None], mask, rows, rows, rows, rows, rows)
+    target, scores = (cells.reshape(len(rows), -1) for cells in (target, scores))
+    return Scored(scores, target, np.ones(target.shape, bool), *[rows] * 5)
 
 
-def believe(
-    names: list[str], images: Scored, covariates: dict[str, Floats], strata: dict[str, npt.NDArray[Any]]
-) -> Evaluation:
-    found = Evaluation({"split": "valid", "unit": "image", "labels": names})
-    add_belief(found, images, covariates, strata)
-    return found
+def believe(names: list[str], images: Scored, covariates: Named, strata: Facts) -> Evaluation:
+    evaluation = Evaluation({"split": "valid", "unit": "image", "labels": names})
+    add_belief(evaluation, images, covariates, strata)
+    return evaluation
 
 
 def test_unlike_projections_are_measured_apart() -> None:
     truth, cue, score = draw(1)
     projection = np.where(cue == 1, "AP", "PA")
     projection[cue == 0] = np.where(np.arange((cue == 0).sum()) < 9, "LL", "PA")
-    found = believe(["Edema"], scored(truth, score), {"cue": cue}, {"projection": projection})
-    assert found.get("auroc_within", "Edema", group="projection=LL").value is None
+    evaluation = believe(["Edema"], scored(truth, score), {"cue": cue}, {"projection": projection})
+    assert evaluation.get("auroc_within", "Edema", group="projection=LL").value is None
     for name in ("AP", "PA"):
         rows = projection == name
-        within = found.get("auroc_within", "Edema", group=f"projection={name}").value
+        within = evaluation.get("auroc_within", "Edema", group=f"projection={name}").value
         assert within == pytest.approx(roc_auc_score(truth[rows], score[rows]))
 
 
-def test_weights_of_pairs_are_scikit_learns() -> None:
-    truth, cue, score = draw(2, shortcut=0.5)
-    chance = np.where(cue == 1, *(truth[cue == state].mean() for state in (1, 0)))  # as a regression on cue has it
-    balanced = measure_balanced(score.round(1), truth == 1, np.arange(len(truth)), {"cue": cue})
-    weight = np.where(truth == 1, 1 - chance, chance)
-    assert balanced["auroc"] == pytest.approx(roc_auc_score(truth, score.round(1), sample_weight=weight), abs=1e-5)
-
-
-def test_balancing_takes_away_what_a_covariate_tells() -> None:
+def test_a_balanced_auroc_is_that_of_weights_which_take_away_what_a_covariate_tells() -> None:
     truth, cue, score = draw(8, rows=4000, shortcut=0.6, signal=0)
     assert roc_auc_score(truth, score) > 0.7
-    found = measure_balanced(score, truth == 1, np.arange(len(truth)), {"cue": cue})
-    assert found["low"] < 0.5 < found["high"]
-    assert found["positives"] < truth.sum()
+    balanced = measure_balanced(score.round(1), truth == 1, np.arange(len(truth)), {"cue": cue})
+    assert balanced["low"] < 0.5 < balanced["high"]
+    assert balanced["positives"] < truth.sum()
+    chance = np.where(cue == 1, *(truth[cue == state].mean() for state in (1, 0)))  # as a regression on cue has it
+    weight = np.where(truth == 1, 1 - chance, chance)
+    assert balanced["auroc"] == pytest.approx(roc_auc_score(truth, score.round(1), sample_weight=weight), abs=1e-5)
 
 
 def test_values_are_split_into_groups_of_equal_size() -> None:
@@ -87,18 +76,16 @@ def test_values_are_split_into_groups_of_equal_size() -> None:
 )
 def test_the_verdict_says_what_a_planted_shortcut_did(shortcut: float, signal: float, mark: str, ends: str) -> None:
     truth, cue, score = draw(5, rows=1500, shortcut=shortcut, signal=signal)
-    strata: dict[str, npt.NDArray[Any]] = {"marker": np.where(cue == 1, "L", "R")}
-    found = believe(["Pneumonia"], scored(truth, score), {"AP": cue}, strata)
-    (verdict,) = found.select(metric="verdict")
+    strata = {"marker": np.where(cue == 1, "L", "R")}
+    evaluation = believe(["Pneumonia"], scored(truth, score), {"AP": cue}, strata)
+    (verdict,) = evaluation.select(metric="verdict")
     assert verdict.group == mark
     pairs = right = 0.0
     for rows in (cue == 0, cue == 1):
         count = truth[rows].sum() * (1 - truth[rows]).sum()
         pairs, right = pairs + count, right + count * roc_auc_score(truth[rows], score[rows])
-    assert found.get("auroc_within", "Pneumonia", group="marker").value == pytest.approx(right / pairs)
-    assert found.get("pairs_within", "Pneumonia", group="marker").value == pytest.approx(
-        pairs / (truth.sum() * (1 - truth).sum())
-    )
+    auroc, share = (evaluation.get(f"{name}_within", "Pneumonia", group="marker").value for name in ("auroc", "pairs"))
+    assert (auroc, share) == pytest.approx((right / pairs, pairs / (truth.sum() * (1 - truth).sum())))
     assert verdict.note.startswith(f"Pneumonia {roc_auc_score(truth, score):.2f}".replace("0.", "."))
     assert verdict.note.endswith(ends.format(right / pairs).replace(" 0.", " ."))
 
@@ -149,13 +136,11 @@ def test_strata_of_the_label_that_confounds_most() -> None:
     pneumonia = random.random(800) < 0.5
     effusion = random.random(800) < np.where(pneumonia, 0.5, 0.1)
     score = np.column_stack([pneumonia, pneumonia]) * 0.5 + random.random((800, 2)) * 0.5
-    rows = np.arange(800)
-    target = np.column_stack([pneumonia, effusion]).astype(float)
-    images = Scored(score, target, np.ones((800, 2), bool), rows, rows, rows, rows, rows)
-    found = believe(["Pneumonia", "Pleural Effusion"], images, {}, {})
-    within = found.select(metric="fall_within", label="Pleural Effusion")
+    images = scored(np.column_stack([pneumonia, effusion]).astype(float), score)
+    evaluation = believe(["Pneumonia", "Pleural Effusion"], images, {}, {})
+    within = evaluation.select(metric="fall_within", label="Pleural Effusion")
     assert [row.group for row in within] == ["Pneumonia"]
-    assert next(found.select(metric="verdict", label="Pleural Effusion")).group == "shown"
+    assert next(evaluation.select(metric="verdict", label="Pleural Effusion")).group == "shown"
 
 
 def test_a_verdict_by_a_prediction_names_the_covariate_that_explains_most() -> None:
