@@ -1,6 +1,6 @@
 """The audit's figures against scikit-learn and SciPy, its level over many tables, and its words."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,17 @@ from scipy.stats import binom, norm
 from sklearn.metrics import roc_auc_score
 
 from pipeline.labels import LABELS
-from pipeline.measure.audit import Audit, Clue, audit_labels, find_covariates, find_strata, predict
+from pipeline.measure.audit import audit_labels, find_covariates, find_strata, predict
 from pipeline.measure.delong import score_limits, score_variance
 
 Array = npt.NDArray[Any]
 
 
-def make_table(patient: Array, **columns: Any) -> pa.Table:
-    """A label table with these patients, and nothing else known."""
+def make_table(patient: Array, after: str = "", **columns: Any) -> pa.Table:
+    """A label table with these patients, whose names end in `after`, and nothing else known."""
     rows = len(patient)
     nothing = {"study": pa.int32(), "sex": pa.string(), "age": pa.int16(), "projection": pa.string()}
-    table = {"patient": [f"p{number}" for number in patient.tolist()], "view": ["frontal"] * rows}
+    table = {"patient": [f"p{number}{after}" for number in patient.tolist()], "view": ["frontal"] * rows}
     return pa.table(table | {name: pa.nulls(rows, kind) for name, kind in nothing.items()} | columns)
 
 
@@ -33,50 +33,35 @@ def make_cells(truth: Array, labels: tuple[str, ...] = ("Pneumonia",)) -> tuple[
     return target, mask
 
 
-def by_name(audit: Audit) -> dict[tuple[str, str], Clue]:
-    return {(clue.label, clue.covariate): clue for clue in audit.clues}
-
-
-def spread_of(positives: int, negatives: int) -> Callable[[float], float]:
-    return lambda theta: score_variance(theta, positives, negatives)
-
-
 def test_figures_are_scikit_learn_s_and_holm_s_by_hand() -> None:
     random = np.random.default_rng(0)
     labels = ("Edema", "Fracture", "Pneumonia")
     truth = random.random((400, 3)) < 0.4
     values = {f"c{shift}": shift * truth[:, 0] + random.normal(size=400) for shift in (0.0, 0.6, 0.8, 1.0, -1.5)}
     values["c0.6"][:100] = np.nan
-    edge = {"edge": random.normal(size=400)}
-    unnamed = pa.array([f"p{name}x" for name in range(400)])
-    table = make_table(np.arange(400)).set_column(0, "patient", unnamed)
-    audit = audit_labels(table, *make_cells(truth, labels), values | edge, together=False)
-    found = by_name(audit)
-    assert len(found) == 18
+    values["edge"] = random.normal(size=400)
+    audit = audit_labels(make_table(np.arange(400), "x"), *make_cells(truth, labels), values, together=False)
+    clues = {(clue.label, clue.covariate): clue for clue in audit.clues}
+    assert len(clues) == 18
     p_values = {}
-    for (label, name), clue in found.items():
-        value = (values | edge)[name]
-        known = ~np.isnan(value)
+    for (label, name), clue in clues.items():
+        known = ~np.isnan(values[name])
         side = truth[known, labels.index(label)]
-        auroc = roc_auc_score(side, value[known])
-        assert clue.auroc == pytest.approx(auroc, abs=1e-12)
+        assert clue.auroc == pytest.approx(roc_auc_score(side, values[name][known]), abs=1e-12)
         assert clue.strength == max(clue.auroc, 1 - clue.auroc)
-        sizes = int(side.sum()), int((~side).sum())
-        assert (clue.low, clue.high) == pytest.approx(score_limits(auroc, spread_of(*sizes)))
+        variance = partial(score_variance, positives=int(side.sum()), negatives=int((~side).sum()))
+        assert (clue.low, clue.high) == pytest.approx(score_limits(clue.auroc, variance))
         # One image a patient: no design effect.
-        error = score_variance(0.6, *sizes) ** 0.5
-        assert error == pytest.approx(score_variance(0.4, *sizes) ** 0.5)
-        p_values[label, name] = 2 * norm.sf((clue.strength - 0.6) / error), sizes
-    rejected, going = set(), True
-    for rank, (pair, (p_value, sizes)) in enumerate(sorted(p_values.items(), key=lambda item: item[1][0])):
-        if going:
+        assert variance(0.6) == pytest.approx(variance(0.4))
+        p_values[label, name] = 2 * norm.sf((clue.strength - 0.6) / variance(0.6) ** 0.5), variance
+    rejected: list[tuple[str, str]] = []
+    for rank, (pair, (p_value, variance)) in enumerate(sorted(p_values.items(), key=lambda item: item[1][0])):
+        if len(rejected) == rank:  # of all smaller ones
             level = 0.05 / (18 - rank)
-            going = p_value <= level
-        if going:
-            rejected.add(pair)
-        limits = score_limits(found[pair].auroc, spread_of(*sizes), norm.isf(level / 2))
-        assert found[pair].adjusted == pytest.approx(max(limits[0], 1 - limits[1]))
-        assert (found[pair].adjusted > 0.6) == found[pair].exceeds == (pair in rejected)
+            rejected += [pair] if p_value <= level else []
+        limits = score_limits(clues[pair].auroc, variance, norm.isf(level / 2))
+        assert clues[pair].adjusted == pytest.approx(max(limits[0], 1 - limits[1]))
+        assert (clues[pair].adjusted > 0.6) == clues[pair].exceeds == (pair in rejected)
     assert ("Edema", "c-1.5") in rejected
     assert ("Edema", "c0.6") not in rejected
     assert [clue.adjusted for clue in audit.clues] == sorted((clue.adjusted for clue in audit.clues), reverse=True)
@@ -103,26 +88,18 @@ def test_alarms_are_told_in_words() -> None:
     number, truth = random.permutation(300), random.random(300) < 0.5
     shifted = np.where(truth, 200 - number // 3, 300 + number)  # mostly lower in positives
     patient = shifted * 1000 + np.arange(300)
-    columns = {"sex": pa.array(np.where(number % 2, "Male", "Female")), "bits": pa.array([8] * 300)}
-    table = make_table(patient, **columns)
+    sex, bits = pa.array(np.where(number % 2, "Male", "Female")), pa.array([8] * 300)
+    table = make_table(patient, sex=sex, bits=bits)
     target, mask = make_cells(np.column_stack([truth, np.arange(300) < 9]), ("Pneumonia", "Fracture"))
     sharpness = {"sharpness": truth + 0.1 * random.random(300)}
     audit = audit_labels(table, target, mask, content=sharpness, together=False)
     assert audit.describe_alarms() == ["Pneumonia: patient number alone predicts it with AUROC 1.00 (.99–1.00)"]
-    assert by_name(audit)["Pneumonia", "sharpness"].exceeds  # but is no alarm
-    assert audit.left_out == {
-        "study number": "unknown",
-        "age": "unknown",
-        "original width": "unknown",
-        "original height": "unknown",
-        "bit depth": "the same in all images",
-        "JPEG quality": "unknown",
-        "lateral": "the same in all images",
-        "AP": "unknown",
-    }
+    assert [clue.exceeds for clue in audit.clues if clue.kind == "content"] == [True]  # but is no alarm
+    unknown = ("study number", "age", "original width", "original height", "JPEG quality", "AP")
+    constant = dict.fromkeys(("bit depth", "lateral"), "the same in all images")
+    assert audit.left_out == dict.fromkeys(unknown, "unknown") | constant
     assert audit.few == ["Fracture"]  # nobody annotated the others
-    unnamed = make_table(patient).set_column(0, "patient", pa.array([f"{name:x}x" for name in patient.tolist()]))
-    known, reasons = find_covariates(unnamed)
+    known, reasons = find_covariates(make_table(patient, "x"))
     assert (known, reasons["patient number"]) == ({}, "not every name ends in a number")
 
 
@@ -130,8 +107,7 @@ def test_all_together_are_an_alarm_of_their_own() -> None:
     random = np.random.default_rng(3)
     values = {name: random.normal(size=600) for name in ("border", "corner")}
     truth = values["border"] * values["corner"] > 0
-    table = make_table(np.arange(600))
-    table = table.set_column(0, "patient", pa.array([f"p{name}x" for name in range(600)]))
+    table = make_table(np.arange(600), "x")
     audit = audit_labels(table, *make_cells(truth), values)
     (alarm,) = audit.alarms["Pneumonia"]
     assert (alarm.kind, alarm.strength > 0.9) == ("together", True)
@@ -144,30 +120,27 @@ def test_all_together_are_an_alarm_of_their_own() -> None:
 
 def test_edges_are_content_for_support_devices() -> None:
     truth = np.arange(200) % 2 == 0
-    table = make_table(np.zeros(200, int)).set_column(0, "patient", pa.array([f"p{name}x" for name in range(200)]))
-    audit = audit_labels(table, *make_cells(truth, ("Support Devices",)), {"corner": truth * 1.0})
-    assert [(found.kind, found.exceeds) for found in audit.clues] == [("content", True)]
+    cells = make_cells(truth, ("Support Devices",))
+    audit = audit_labels(make_table(np.arange(200), "x"), *cells, {"corner": truth * 1.0})
+    assert [(clue.kind, clue.exceeds) for clue in audit.clues] == [("content", True)]
     assert audit.alarms == {}
-
-
-def draw_clustered(random: np.random.Generator, shift: float) -> tuple[pa.Table, Array, Array, dict[str, Array]]:
-    """200 patients with one to six images; three labels, each predicted by two covariates with AUROC Φ(shift / √2)."""
-    patient = np.repeat(np.arange(200), random.integers(1, 7, 200))
-    labels = ("Edema", "Fracture", "Pneumonia")
-    truth = (random.random((200, 3)) < 0.3)[patient]
-    own = random.normal(size=(200, 6))[patient]
-    noise = (own + random.normal(size=(len(patient), 6))) / 2**0.5  # a patient's images are alike
-    values = {f"c{column}": shift * truth[:, column % 3] + noise[:, column] for column in range(6)}
-    return make_table(patient), *make_cells(truth, labels), values
 
 
 @pytest.mark.soak
 def test_the_level_is_kept_where_every_covariate_is_at_the_threshold() -> None:
-    """Of 18 tests six are at .6, the worst case of H0, and the others at .5: at most 5 % of the tables alarm."""
-    shift = 2**0.5 * norm.ppf(0.6)
-    alarms = 0
+    """200 patients with one to six images; three labels, each predicted by two of six covariates with AUROC .6.
+
+    Of 18 tests six are at .6, the worst case of H0, and the others at .5: at most 5 % of the tables alarm.
+    """
+    shift, labels, alarms = 2**0.5 * norm.ppf(0.6), ("Edema", "Fracture", "Pneumonia"), 0
     for seed in range(400):
-        audit = audit_labels(*draw_clustered(np.random.default_rng(seed), shift), together=False)
+        random = np.random.default_rng(seed)
+        patient = np.repeat(np.arange(200), random.integers(1, 7, 200))
+        truth = (random.random((200, 3)) < 0.3)[patient]
+        own = random.normal(size=(200, 6))[patient]
+        noise = (own + random.normal(size=(len(patient), 6))) / 2**0.5  # a patient's images are alike
+        values = {f"c{column}": shift * truth[:, column % 3] + noise[:, column] for column in range(6)}
+        audit = audit_labels(make_table(patient), *make_cells(truth, labels), values, together=False)
         alarms += bool(audit.alarms)
     assert 0 < alarms <= binom.ppf(0.999, 400, 0.05)
 
@@ -184,8 +157,9 @@ FILMS = {
 }
 
 
-def test_covariates_are_numbers_and_constant_ones_are_left_out() -> None:
-    found, _ = find_covariates(pa.table(FILMS))
+def test_covariates_and_strata_of_a_table() -> None:
+    """Numbers, without constant ones; and names, empty if unknown."""
+    covariates, _ = find_covariates(pa.table(FILMS))
     expected = {
         "patient number": [12, 3, 100],
         "age": [17, np.nan, 64],
@@ -196,15 +170,11 @@ def test_covariates_are_numbers_and_constant_ones_are_left_out() -> None:
         "set chexpert": [1, 0, 0],
         "set nih": [0, 1, 1],
     }
-    assert list(found) == list(expected)
+    assert list(covariates) == list(expected)
     for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(covariates[name], values)
     assert "patient number" not in find_covariates(pa.table(FILMS | {"patient": ["a", "b", "c7"]}))[0]
-
-
-def test_strata_are_named_and_unknown_ones_empty() -> None:
-    found = {variable: names.tolist() for variable, names in find_strata(pa.table(FILMS)).items()}
-    assert found == {
+    assert {variable: names.tolist() for variable, names in find_strata(pa.table(FILMS)).items()} == {
         "projection": ["AP", "lateral", "PA"],
         "sex": ["Male", "Female", ""],
         "age": ["0-17", "", "60-79"],

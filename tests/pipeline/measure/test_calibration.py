@@ -9,6 +9,7 @@ from sklearn.metrics import log_loss
 
 from pipeline.measure.calibration import (
     PRIOR,
+    RULES,
     apply_calibration,
     choose_fit,
     choose_thresholds,
@@ -56,24 +57,22 @@ def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_ce
 @pytest.mark.parametrize(("temperature", "shift"), [(1.0, 2.0), (3.0, -1.0), (0.4, 0.0)])
 def test_a_shift_as_of_weighted_positives_is_undone(temperature: float, shift: float) -> None:
     score, truth = draw(temperature, shift)
-    found = fit_calibration(
-        ["Edema"], score[:, None], truth[:, None].astype(np.float32), np.ones((4000, 1), bool), np.arange(4000)
-    )["Edema"]
-    assert found["note"] is None
-    assert found["temperature"] == pytest.approx(temperature, rel=0.1)
-    assert found["bias"] == pytest.approx(-shift / temperature, abs=0.15)
-    raw, calibrated = (calibration_error(one, truth) for one in (score, apply_calibration(score, found)))
-    assert raw is not None
-    assert calibrated is not None
-    assert calibrated < 0.02 < 0.03 < raw
+    fit, note = choose_fit(score, truth, np.arange(4000))
+    assert fit is not None
+    assert note is None
+    assert 1 / fit.slope == pytest.approx(temperature, rel=0.1)
+    assert fit.bias == pytest.approx(-shift / temperature, abs=0.15)
+    calibrated = apply_calibration(score, {"temperature": 1 / fit.slope, "bias": fit.bias})
+    assert (calibration_error(calibrated, truth) or 1) < 0.02 < 0.03 < (calibration_error(score, truth) or 0)
 
 
 def test_scores_stay_as_they_are_where_a_fit_is_worth_nothing() -> None:
     score, truth = draw(1.0, cells=60)
     patient = np.arange(60)
-    assert choose_fit(1 - score, truth, patient) == (
-        None, "the scores tell nothing or the contrary: scores as they are",
-    )  # fmt: skip
+    alone = np.where(truth, 0, patient)
+    contrary = None, "the scores tell nothing or the contrary: scores as they are"
+    assert choose_fit(1 - score, truth, patient) == contrary
+    assert choose_fit(score, truth, alone) == (None, "one patient has all of a class: scores as they are")
     random = np.random.default_rng(1)  # calibrated already: a fit to 60 follows their noise
     fits = []
     for _ in range(20):
@@ -83,10 +82,6 @@ def test_scores_stay_as_they_are_where_a_fit_is_worth_nothing() -> None:
     refused = [note for fit, note in fits if fit is None]
     assert len(refused) > 10
     assert set(refused) == {"calibration did not help on held-out patients: raw scores shown"}
-    alone = np.where(truth, 0, patient)
-    assert choose_fit(score, truth, alone) == (
-        None, "one patient has all of a class: scores as they are",
-    )  # fmt: skip
     separated = choose_fit(score, score > 0.5, patient)[0]
     assert separated is not None
     assert 1 < separated.slope < 20  # held by the prior, where the likelihood alone has no maximum
@@ -107,20 +102,15 @@ def test_a_patient_is_in_one_fold_and_positives_are_dealt_out() -> None:
 def test_thresholds_are_the_best_of_all() -> None:
     score, truth = draw(1.0, 300)
     score = score.round(2)
-    found = choose_thresholds(score, truth, 0.8)
+    thresholds = choose_thresholds(score, truth, 0.8)
     logits = logit(np.array(sorted(set(score), reverse=True)))
-    cuts = [*expit((logits[:-1] + logits[1:]) / 2), 0.0]
-    rates = {float(cut): measure_rates(float(cut), score, truth, np.arange(len(score))) for cut in cuts}
+    cuts = [*expit((logits[:-1] + logits[1:]) / 2).tolist(), 0.0]
+    rates = {cut: measure_rates(cut, score, truth, np.arange(len(score))) for cut in cuts}
     youden = {cut: row["sensitivity"]["value"] + row["specificity"]["value"] for cut, row in rates.items()}
     f1 = {cut: row["f1"]["value"] for cut, row in rates.items()}
     reaching = [cut for cut, row in rates.items() if row["sensitivity"]["value"] >= 0.8]
-    assert found == pytest.approx(
-        {
-            "youden": max(youden, key=lambda cut: round(youden[cut], 12)),
-            "max_f1": max(f1, key=lambda cut: round(f1[cut], 12)),
-            "sensitivity": max(reaching),
-        }
-    )
+    best = max(cuts, key=lambda cut: round(youden[cut], 12)), max(cuts, key=lambda cut: round(f1[cut], 12))
+    assert [*thresholds.values()] == pytest.approx([*best, max(reaching)])
     even = choose_thresholds(np.array([0.9, 0.8, 0.2, 0.1]), np.array([True, False, True, False]), 0.5)
     high, low = expit((logit(0.9) + logit(0.8)) / 2), expit((logit(0.2) + logit(0.1)) / 2)
     assert even == pytest.approx({"youden": high, "max_f1": low, "sensitivity": high})  # of equals the highest
@@ -144,23 +134,14 @@ def test_what_cannot_be_fitted_is_said() -> None:
     target = np.stack([truth, np.zeros_like(truth), truth], axis=1).astype(np.float32)
     mask = np.ones(scores.shape, bool)
     mask[::2, 0] = False
-    found = fit_calibration(["Edema", "Fracture", "Devices"], scores, target, mask, np.arange(4000))
+    fits = fit_calibration(["Edema", "Fracture", "Devices"], scores, target, mask, np.arange(4000))
     fit, note = choose_fit(score[1::2], truth[1::2], np.arange(2000))
     assert fit is not None
-    assert note is None
-    assert found["Edema"] == {
-        "temperature": 1 / fit.slope,
-        "bias": fit.bias,
-        "thresholds": choose_thresholds(score[1::2], truth[1::2], 0.9),
-        "note": None,
-    }
-    assert found["Fracture"] == {
-        "temperature": None,
-        "bias": None,
-        "thresholds": {"youden": None, "max_f1": None, "sensitivity": None},
-        "note": "one class: no thresholds, scores as they are",
-    }
-    assert found["Devices"]["note"] == "the scores tell nothing or the contrary: scores as they are"
-    assert found["Devices"]["temperature"] is found["Devices"]["bias"] is None
-    assert found["Devices"]["thresholds"] == choose_thresholds(1 - score, truth, 0.9)
-    assert json.loads(json.dumps(found)) == found
+    expected = {"temperature": 1 / fit.slope, "bias": fit.bias, "note": note}
+    assert fits["Edema"] == expected | {"thresholds": choose_thresholds(score[1::2], truth[1::2], 0.9)}
+    nothing = {"temperature": None, "bias": None}
+    note = "one class: no thresholds, scores as they are"
+    assert fits["Fracture"] == nothing | {"thresholds": dict.fromkeys(RULES), "note": note}
+    note = "the scores tell nothing or the contrary: scores as they are"
+    assert fits["Devices"] == nothing | {"thresholds": choose_thresholds(1 - score, truth, 0.9), "note": note}
+    assert json.loads(json.dumps(fits)) == fits

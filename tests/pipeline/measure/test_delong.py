@@ -6,7 +6,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import norm, t
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
 from pipeline.measure.delong import (
     combine,
@@ -46,12 +46,11 @@ def test_rows_of_one_patient_each_have_delongs_covariance() -> None:
     truth = np.arange(300) < 60
     scores = (random.normal(size=(300, 1)) + random.normal(size=(300, 2)) + truth[:, None]).round(1)
     target = np.repeat(truth[:, None], 2, axis=1).astype(float)
-    found = measure_areas(scores, target, np.ones(target.shape, bool), np.arange(300))
-    (first, one), (second, two) = (components(scores[:, run], truth) for run in (0, 1))
-    expected = np.cov(one[truth], two[truth]) / 60 + np.cov(one[~truth], two[~truth]) / 240
-    np.testing.assert_allclose(found.influence.T @ found.influence, expected, rtol=1e-9)
-    np.testing.assert_allclose(found.value, [first, second], rtol=1e-12)
-    assert found.value[0] == pytest.approx(roc_auc_score(truth, scores[:, 0]), abs=1e-12)
+    areas = measure_areas(scores, target, np.ones(target.shape, bool), np.arange(300))
+    (first, left), (second, right) = (components(scores[:, column], truth) for column in (0, 1))
+    expected = np.cov(left[truth], right[truth]) / 60 + np.cov(left[~truth], right[~truth]) / 240
+    np.testing.assert_allclose(areas.influence.T @ areas.influence, expected, rtol=1e-9)
+    np.testing.assert_allclose(areas.value, [first, second], rtol=1e-12)
 
 
 def sum_patients(values: Floats, truth: npt.NDArray[np.bool_], owner: npt.NDArray[np.str_]) -> tuple[float, ...]:
@@ -74,7 +73,7 @@ def test_patients_with_several_rows_have_obuchowskis_variance(strata: int, sick:
     if sick:  # patients with one positive each
         first = np.unique(np.where(mask[:, 0] & truth, patient, "z"), return_index=True)[1][:sick]
         mask[:, 0] &= ~truth | np.isin(np.arange(len(patient)), first)
-    found = measure_areas(scores, target, mask, patient, stratum)
+    areas = measure_areas(scores, target, mask, patient, stratum)
     values, used = np.zeros(len(patient)), mask[:, 0] & (stratum < 8)
     for number in range(strata):
         rows = used & (stratum == number)
@@ -86,19 +85,19 @@ def test_patients_with_several_rows_have_obuchowskis_variance(strata: int, sick:
     weights = np.prod(counts, axis=1) / np.prod(counts, axis=1).sum()
     auroc, independent = weights @ [area for area, _ in parts], weights**2 @ [variance for _, variance in parts]
     error, freedom, owners = sum_patients(values[used] / np.prod(counts, axis=1).sum(), truth[used], patient[used])
-    assert found.influence[:, 0] @ found.influence[:, 0] == pytest.approx(error)
+    assert areas.influence[:, 0] @ areas.influence[:, 0] == pytest.approx(error)
     design = max(error / independent, 1)
-    assert (found.value[0], found.design[0]) == pytest.approx((auroc, design))
+    assert (areas.value[0], areas.design[0]) == pytest.approx((auroc, design))
 
     def variance(theta: float) -> float:
         return float(design * (weights**2 @ [score_variance(theta, *sizes) for sizes in counts]))
 
-    assert (found.low[0], found.high[0]) == pytest.approx(score_limits(auroc, variance, t.ppf(0.975, freedom)))
-    assert found.freedom[0] == owners - 1
+    assert (areas.low[0], areas.high[0]) == pytest.approx(score_limits(auroc, variance, t.ppf(0.975, freedom)))
+    assert areas.freedom[0] == owners - 1
     order = np.tile(np.arange(len(patient)), 2)
     twice = measure_areas(scores[order], target[order], mask[order], patient[order], stratum[order])
-    np.testing.assert_allclose(twice.influence, found.influence, atol=1e-12)  # nothing new
-    np.testing.assert_allclose(twice.low, found.low, atol=0.1 if sick else 0.01)
+    np.testing.assert_allclose(twice.influence, areas.influence, atol=1e-12)  # nothing new
+    np.testing.assert_allclose(twice.low, areas.low, atol=0.1 if sick else 0.01)
 
 
 @pytest.mark.parametrize(
@@ -117,56 +116,46 @@ def test_limits_solve_newcombes_equation(auroc: float, positives: int, negatives
 
 def test_no_interval_has_zero_width() -> None:
     """A perfect label of five patients, whose AUROC is 1 in any subset."""
-    truth = np.arange(200) < 5
-    score = truth + np.linspace(0, 0.5, 200)
-    ours = measure_areas(score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200))
+    truth = (np.arange(200) < 5)[:, None]
+    cells = truth + np.linspace(0, 0.5, 200)[:, None], truth.astype(float), np.ones((200, 1), bool)
+    ours, alike = measure_areas(*cells, np.arange(200)), measure_areas(*cells, np.arange(200) // 2)
     assert ours.value[0] == ours.high[0] == 1
     assert 0.7 < ours.low[0] < 0.85
-    alike = measure_areas(score[:, None], truth[:, None].astype(float), np.ones((200, 1), bool), np.arange(200) // 2)
     assert alike.low[0] < ours.low[0]
-    both = ours.join(ours)
     assert combine(ours, [1.0]) == {"value": 1, "low": pytest.approx(ours.low[0]), "high": pytest.approx(1)}
-    limits = combine(both, [1.0, -1.0])  # of perfect ones nothing tells whether they would err alike
-    assert limits["low"] is not None
-    assert limits["low"] < -0.15
+    # Of perfect ones nothing tells whether they would err alike.
+    assert combine(ours.join(ours), [1.0, -1.0])["low"] < -0.15
 
 
 def test_means_and_differences_honor_covariance() -> None:
     scores, target, mask, patient = draw(labels=3)
-    found = measure_areas(scores, target, mask, patient)
-    mean = combine(found, [1 / 3] * 3)
-    unit = found.influence / np.linalg.norm(found.influence, axis=0)
-    low = (found.value - found.low) / 3
+    areas = measure_areas(scores, target, mask, patient)
+    mean = combine(areas, [1 / 3] * 3)
+    unit = areas.influence / np.linalg.norm(areas.influence, axis=0)
+    low = (areas.value - areas.low) / 3
     below = sum(low[i] * low[j] * (unit[:, i] @ unit[:, j]) for i in range(3) for j in range(3)) ** 0.5
-    assert mean["low"] == pytest.approx(found.value.mean() - below)
-    strict = combine(found, [1 / 3] * 3, 0.01)
+    assert mean["low"] == pytest.approx(areas.value.mean() - below)
+    strict = combine(areas, [1 / 3] * 3, 0.01)
     assert strict["high"] - strict["value"] == pytest.approx((mean["high"] - mean["value"]) * norm.isf(0.005) / Z)
-    weights, halves = np.array([0.5, -1]), (found.high - found.low)[:2] / 2 * [0.5, -1]
+    weights, halves = np.array([0.5, -1]), (areas.high - areas.low)[:2] / 2 * [0.5, -1]
     width = max((halves**2).sum() + 2 * halves.prod() * (unit[:, 0] @ unit[:, 1]), 0) ** 0.5
-    width = max(width, Z * float(np.linalg.norm(found.influence[:, :2] @ weights)))
-    middle = found.value[:2] @ weights
-    for freedom in (found.freedom, np.ones(3)):
+    width = max(width, Z * float(np.linalg.norm(areas.influence[:, :2] @ weights)))
+    middle = areas.value[:2] @ weights
+    for freedom in (areas.freedom, np.ones(3)):
         pooled = max((halves**2).sum() ** 2 / (halves**4 / freedom[:2]).sum() / 2, 1)
-        fall, half = combine(found._replace(freedom=freedom), [*weights, 0], 0.01), width * t.isf(0.005, pooled) / Z
+        fall, half = combine(areas._replace(freedom=freedom), [*weights, 0], 0.01), width * t.isf(0.005, pooled) / Z
         assert [*fall.values()] == pytest.approx([middle, middle - half, middle + half])
     first = [0, 0, 0]
     thrice = measure_areas(scores[:, first], target[:, first], mask[:, first], patient)
     same = combine(thrice, [1 / 3] * 3)  # three times the same label says no more than once
-    assert [same["low"], same["high"]] == pytest.approx([found.low[0], found.high[0]])
-    none = combine(found.join(found), [1, 0, 0, -1, 0, 0])
+    assert [same["low"], same["high"]] == pytest.approx([areas.low[0], areas.high[0]])
+    none = combine(areas.join(areas), [1, 0, 0, -1, 0, 0])
     assert [none["low"], none["high"]] == pytest.approx([0, 0], abs=1e-6)  # a run beside itself
     target[:, 1] = 0
     lacking = measure_areas(scores, target, mask, patient)
     assert combine(lacking, [0.5, 0.5, 0]) == combine(lacking, [0, 0, 0])
     assert combine(lacking, [0, 0, 0]) == dict.fromkeys(("value", "low", "high"))
     assert combine(lacking, [1, 0, 0])["low"] is not None
-
-
-def test_a_class_of_one_patient_leaves_the_interval_open() -> None:
-    truth = np.arange(60)[:, None] < 30
-    owner = np.where(truth[:, 0], 0, np.arange(60))
-    areas = measure_areas(np.arange(60.0)[:, None] % 7, truth.astype(float), np.ones((60, 1), bool), owner)
-    assert (areas.low[0], areas.high[0], areas.freedom[0]) == (0, 1, 1)
 
 
 def test_the_influence_on_auprc_is_its_derivative() -> None:
@@ -187,24 +176,25 @@ def test_intervals_of_auprc_are_those_of_patients() -> None:
     scores, target, mask, patient = draw()
     scores[:, 1] = scores[:, 0]
     target[:, 1], mask[:, 1] = target[:, 0], mask[:, 0]
-    found = measure_precision(scores, target, mask, patient)
+    areas = measure_precision(scores, target, mask, patient)
     used = mask[:, 0]
     auprc, influence = influence_precision(scores[used, 0], target[used, 0] == 1)
     error, freedom, owners = sum_patients(influence, target[used, 0] == 1, patient[used])
     half = t.ppf(0.975, freedom) * error**0.5 / (auprc * (1 - auprc))
-    assert [found.low[0], found.high[0]] == pytest.approx(expit(logit(auprc) + np.array([-half, half])))
-    assert found.freedom[0] == owners - 1
-    assert combine(found, [1, -1]) == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-6)
-    assert combine(found, [0.5, 0.5]) == pytest.approx(combine(found, [1, 0]))
+    assert [areas.low[0], areas.high[0]] == pytest.approx(expit(logit(auprc) + np.array([-half, half])))
+    assert areas.freedom[0] == owners - 1
+    assert combine(areas, [1, -1]) == pytest.approx({"value": 0, "low": 0, "high": 0}, abs=1e-6)
+    assert combine(areas, [0.5, 0.5]) == pytest.approx(combine(areas, [1, 0]))
     rows = np.tile(np.arange(len(patient)), 2)
     twice = measure_precision(scores[rows], target[rows], mask[rows], patient[rows])
-    assert [*twice.low, *twice.high] == pytest.approx([*found.low, *found.high], rel=1e-3)
+    assert [*twice.low, *twice.high] == pytest.approx([*areas.low, *areas.high], rel=1e-3)
 
 
-def test_an_auprc_of_few_patients_leaves_its_interval_wide() -> None:
-    score = np.arange(60.0)[:, None]
-    for sick, low, high in ((np.arange(60) >= 55, 0.025**0.2, 1), (np.arange(60) == 30, 0, 1)):  # perfect; of one
-        areas = measure_precision(score, sick[:, None].astype(float), np.ones((60, 1), bool), np.arange(60))
-        assert (areas.low[0], areas.high[0]) == pytest.approx((low, high))
-    one = measure_precision(score % 7, (score < 30) * 1.0, score >= 0, np.where(score[:, 0] < 30, 0, score[:, 0]))
-    assert (one.low[0], one.high[0], one.freedom[0]) == (0, 1, 1)
+def test_areas_of_few_patients_have_wide_intervals() -> None:
+    score, rows = np.arange(60.0)[:, None], np.arange(60)
+    for sick, low in ((rows >= 55, 0.025**0.2), (rows == 30, 0)):  # perfect, of five; of one
+        areas = measure_precision(score, sick[:, None].astype(float), score >= 0, rows)
+        assert (areas.low[0], areas.high[0]) == pytest.approx((low, 1))
+    for measure in (measure_areas, measure_precision):  # all positives are one patient's
+        areas = measure(score % 7, (score < 30) * 1.0, score >= 0, np.where(rows < 30, 0, rows))
+        assert (areas.low[0], areas.high[0], areas.freedom[0]) == (0, 1, 1)

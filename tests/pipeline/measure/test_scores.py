@@ -1,19 +1,27 @@
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from pyarrow.csv import read_csv
 
 from pipeline import DataError
+from pipeline.base.files import write_table
 from pipeline.labels import LABELS
+from pipeline.measure.metrics import Floats
 from pipeline.measure.scores import open_scores, read_scores, write_scores
 from tests.conftest import refused
 
-Scores = npt.NDArray[np.float64]
+OUTSIDE = "is not in [0, 1]; give `logits` if these are logits"
+COLUMNS = "key, path, file, filename, image index, or patient and study; map one: `columns` key=NAME"
+TRUTH = pa.table(
+    {
+        "key": ["patient1_study1_view1_frontal", "patient1_study1_view2_lateral", "p2_a", "p3_b"],
+        "patient": ["patient1", "patient1", "p2", "p3"],
+        "study": pa.array([1, 1, 1, 2], pa.int32()),
+    }
+)
 
 
 @pytest.fixture
@@ -25,11 +33,11 @@ def table() -> pa.Table:
 
 
 @pytest.fixture
-def scores(table: pa.Table) -> Scores:
+def scores(table: pa.Table) -> Floats:
     return np.random.default_rng(0).random((table.num_rows, len(LABELS)))
 
 
-def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
+def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Floats, tmp_path: Path) -> None:
     path = tmp_path / "scores-train.arrow"
     order = np.random.default_rng(1).permutation(50)
     write_scores(path, table.take(order), LABELS, scores[order])
@@ -41,53 +49,40 @@ def test_scores_come_back_by_key_in_any_order(table: pa.Table, scores: Scores, t
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_other_files_are_refused_by_name(table: pa.Table, scores: Scores, tmp_path: Path) -> None:
+def test_other_files_are_refused_by_name(table: pa.Table, scores: Floats, tmp_path: Path) -> None:
     path = tmp_path / "scores-train.arrow"
     write_scores(path, table, LABELS, scores)
-    whole = pa.ipc.open_file(path).read_all()
+    valid = pa.ipc.open_file(path).read_all()
+    place = valid.column_names.index("Edema")
 
-    def refuse() -> str:
-        with pytest.raises(DataError) as caught:
+    def spoil(score: float) -> pa.Table:
+        edema = np.where(np.arange(50) == 20, score, scores[:, LABELS.index("Edema")])
+        return valid.set_column(place, "Edema", pa.array(edema))
+
+    others = ", ".join(label for label in LABELS if label != "Edema")
+    lacking = "3 of 50 images, such as patient00000_study1_view1_frontal"
+    for changed, message in (
+        (valid.slice(3), f": no scores of {lacking}; they are of other shards, or of other images of these"),
+        (spoil(np.nan), ", row 21, column Edema: 'nan' is not a score"),
+        (spoil(np.inf), ", row 21, column Edema: 'inf' is not a score"),
+        (spoil(-0.01), f", row 21, column Edema: '-0.01' {OUTSIDE}"),
+        (spoil(1.01), f", row 21, column Edema: '1.01' {OUTSIDE}"),
+        (valid.drop_columns("Edema"), f": column Edema is missing; it has {others}"),
+        (valid.set_column(3, LABELS[0], pa.array(["high"] * 50)), ", row 1, column No Finding: 'high' is not a score"),
+        (valid.slice(50), ": no rows"),
+    ):
+        write_table(path, changed)
+        with refused(f"{path}{message}"):
             read_scores(path, table["key"])
-        return str(caught.value)
-
-    def replace(changed: Any) -> None:
-        with pa.ipc.new_file(path, changed.schema) as writer:
-            writer.write_table(changed)
-
-    replace(whole.slice(3))
-    assert refuse() == (
-        f"{path}: no scores of 3 of 50 images, such as patient00000_study1_view1_frontal; "
-        "they are of other shards, or of other images of these"
-    )
-    outside = "is not in [0, 1]; give `logits` if these are logits"
-    place = whole.column_names.index("Edema")
-    for wrong, complaint in ((np.nan, "is not a score"), (np.inf, "is not a score"), (-0.01, outside), (1.01, outside)):
-        edema = scores[:, LABELS.index("Edema")].copy()
-        edema[20] = wrong
-        replace(whole.set_column(place, "Edema", pa.array(edema)))
-        assert refuse() == f"{path}, row 21, column Edema: '{wrong:g}' {complaint}"
-    replace(whole.drop_columns("Edema"))
-    assert refuse().startswith(f"{path}: column Edema is missing; ")
-    replace(whole.set_column(3, LABELS[0], pa.array(["high"] * 50)))
-    assert refuse() == f"{path}, row 1, column No Finding: 'high' is not a score"
-    replace(whole.set_column(0, "key", pa.array([[1]] * 50)))
-    assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
-    replace(whole.slice(50))
-    assert refuse() == f"{path}: no rows"
+    write_table(path, valid.set_column(0, "key", pa.array([[1]] * 50)))
+    with pytest.raises(DataError, match=rf"^{path}: damaged, or not a file of scores: "):
+        read_scores(path, table["key"])
     path.write_bytes(path.read_bytes()[:-100])
-    assert refuse().startswith(f"{path}: not an Arrow table: ")
+    with pytest.raises(DataError, match=rf"^{path}: not an Arrow table: "):
+        read_scores(path, table["key"])
     path.unlink()
-    assert refuse().startswith(f"{path}: damaged, or not a file of scores: ")
-
-
-TRUTH = pa.table(
-    {
-        "key": ["patient1_study1_view1_frontal", "patient1_study1_view2_lateral", "p2_a", "p3_b"],
-        "patient": ["patient1", "patient1", "p2", "p3"],
-        "study": pa.array([1, 1, 1, 2], pa.int32()),
-    }
-)
+    with pytest.raises(DataError, match=rf"^{path}: damaged, or not a file of scores: "):
+        read_scores(path, table["key"])
 
 
 @pytest.mark.parametrize(
@@ -126,23 +121,16 @@ def test_logits_become_probabilities_and_columns_have_any_names(tmp_path: Path) 
     [
         ("key,Edema\np2_a,\np3_b,.1\n", ", line 2, column Edema: '' is not a score"),
         ("key,Edema\np2_a,.1\np3_b,nan\n", ", line 3, column Edema: 'nan' is not a score"),
-        (
-            "key,Edema\np2_a,.1\np3_b,2.5\n",
-            ", line 3, column Edema: '2.5' is not in [0, 1]; give `logits` if these are logits",
-        ),
+        ("key,Edema\np2_a,.1\np3_b,2.5\n", f", line 3, column Edema: '2.5' {OUTSIDE}"),
         ("key,Edema\np2_a,.5\np3_b,.5\n", ", column Edema: all 2 scores are 0.5: nothing to judge"),
         ("key,Edema,EDEMA\np2_a,.5,.5\n", ": column Edema appears 2 times"),
         ("key,Edema\n,.1\np3_b,.2\n", ", line 2, column key: blank, so nothing says whose row it is"),
         ("key,Wet\np2_a,.1\n", ": no column is named by a label; it has key, Wet; map them: `columns` Edema=Wet"),
-        (
-            "id,Edema\np2_a,.1\n",
-            ": no column says whose row it is: key, path, file, filename, image index, or patient and study; map one: "
-            "`columns` key=NAME",
-        ),
+        ("id,Edema\np2_a,.1\n", f": no column says whose row it is: {COLUMNS}"),
         ("key,Edema\na/p2_a.png,.1\np2_a.jpg,.2\n", ": line 2 and line 3 are both of a/p2_a.png"),
         (
             "key,Edema\nx,.1\ny,.2\n",
-            ": no row of these 4 images: its first is 'x', the data set's 'patient1_study1_view1_frontal'",
+            f": no row of these 4 images: its first is 'x', the data set's '{TRUTH['key'][0]}'",
         ),
     ],
 )
