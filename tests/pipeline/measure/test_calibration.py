@@ -49,8 +49,8 @@ def test_the_fit_is_the_likeliest_under_its_prior_and_scikit_learns_with_many_ce
         assert best < loss(fit.slope + step[0], fit.bias + step[1])
     many, called = draw(0.7, 1.5)  # where the prior hardly counts
     logits = np.log(many / (1 - many.astype(float)))
-    theirs = LogisticRegression(C=np.inf).fit(logits[:, None], called)
-    expected = theirs.coef_[0, 0], theirs.intercept_[0]
+    regression = LogisticRegression(C=np.inf).fit(logits[:, None], called)
+    expected = regression.coef_[0, 0], regression.intercept_[0]
     assert fit_logistic(logits, called) == pytest.approx(expected, abs=0.01)
 
 
