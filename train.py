@@ -55,28 +55,10 @@ from model.networks import begin_training, build_network, freeze, load_initial
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, explain_memory, measure_recent, network_inputs, to_device
 from model.ranks import Stopped
-from model.runs.config import (
-    Config,
-    describe_step,
-    is_reported,
-    name_choice,
-    name_outputs,
-    parse_choice,
-    say_finished,
-    three_class_columns,
-)
-from model.runs.folder import (
-    Log,
-    TrainState,
-    begin_run,
-    describe_software,
-    fuse,
-    open_events,
-    record_environment,
-    save_best,
-)
+from model.runs.config import describe_step, is_reported, name_choice, name_outputs, say_finished, three_class_columns
+from model.runs.folder import Log, TrainState, begin_run, describe_software, fuse, open_events, record_environment
 from model.runs.overlap import Seen, list_seen
-from model.runs.predictor import forget_calibration, score_split
+from model.runs.predictor import forget_calibration, save_best, score_split
 from model.runs.results import choice_score, finish_run
 from model.runs.run import Data, Run, no_choice, open_training, read_batches
 from pipeline.base.errors import DataError
@@ -159,7 +141,7 @@ def resume(run: Run, state: TrainState, steps: int) -> bool:
             forget_calibration(folder)  # from training whose last.pt was removed
         return False
     state.restore(folder / "last.pt", run.ranks)
-    if state.done < total and not is_out_of_patience(run.config, state):
+    if state.done < total and not is_out_of_patience(run, state):
         say(f"{folder}: continuing after step {state.done:,} of {total:,}")
         return False
     say_finished(folder, state.done)
@@ -181,7 +163,7 @@ def train_epochs(run: Run, state: TrainState, data: Data) -> None:
                     pace = (time.perf_counter() - began) / max(state.done - resumed, 1)  # including the scoring
                     say(line + show_left(pace * (total - state.done)))
                     save_state(run, state)
-                if state.done == total or is_out_of_patience(config, state):
+                if state.done == total or is_out_of_patience(run, state):
                     break
                 epoch, step = divmod(state.done, steps)
                 train_steps(run, state, data, epoch * steps + min(steps, (step // every + 1) * every), log)
@@ -290,23 +272,16 @@ def training_inputs(run: Run, batch: Batch, first: int, samples: int) -> tuple[T
 
     `first` is the position of the part's first sample in the whole batch over all ranks, which has `samples` samples.
     """
-    config, pixels = run.config, run.pixels
+    config, scale = run.config, (run.pixels["mean"], run.pixels["std"])
     by_study = config.fusion is not None
     images, *views = network_inputs(run.device, by_study, batch.images, batch.present, batch.projection)
     if config.augment == "none":
-        inputs = normalize(images, pixels["mean"], pixels["std"])
+        inputs = normalize(images, *scale)
     else:
         # Every place in the whole batch has separate random draws, even if it holds no image.
-        most = batch.step.rows.shape[1]
-        inputs = augment(
-            images,
-            pixels["mean"],
-            pixels["std"],
-            (config.seed, *batch.step[:2]),
-            AUGMENTATIONS[config.augment],
-            (first + batch.sample) * most + batch.place,
-            samples * most,
-        )
+        most, key = batch.step.rows.shape[1], (config.seed, *batch.step[:2])
+        places = (first + batch.sample) * most + batch.place
+        inputs = augment(images, *scale, key, AUGMENTATIONS[config.augment], places, samples * most)
     return inputs.contiguous(memory_format=torch.channels_last), *views
 
 
@@ -351,16 +326,15 @@ def evaluate_state(run: Run, state: TrainState, data: Data, log: Log) -> str:
     run.ranks.align_buffers(state.ema)
     scored, _ = score_split(run, state.ema, data.dev, run.pixels)
     report = report_auroc(run.config.labels, *scored[:4])
-    epoch = round(state.done / data.steps, 4)
-    line: dict[str, Any] = {"epoch": epoch, "step": state.done}
-    line["train_loss"] = state.loss_sum / (state.done - state.evaluated)
+    epoch, train_loss = round(state.done / data.steps, 4), state.loss_sum / (state.done - state.evaluated)
+    line: dict[str, Any] = {"epoch": epoch, "step": state.done, "train_loss": train_loss}
     line["dev_loss"] = cross_entropy(*scored[:3])
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
     chosen = run.config.choose_by
     score, macro = choice_score(line, chosen), choice_score(line, "all")
     if score is None or macro is None:  # without the unusable images
-        raise DataError(no_choice(run, [label for label in parse_choice(chosen) if line["labels"][label] is None]))
+        raise DataError(no_choice(run, [label for label, auroc in line["labels"].items() if auroc is None]))
     state.history.append(line)
     state.evaluated, state.loss_sum = state.done, 0.0
     is_best = score > state.best
@@ -392,9 +366,9 @@ def log_labels(log: Log, split: str, aurocs: Mapping[str, float | None], step: i
             log(f"auroc_{split}/{label}", auroc, step)
 
 
-def is_out_of_patience(config: Config, state: TrainState) -> bool:
+def is_out_of_patience(run: Run, state: TrainState) -> bool:
     """Whether none of the last `patience` evaluations beat the best one before them."""
-    if config.patience is None:
+    patience, scores = run.config.patience, [choice_score(line, run.config.choose_by) or 0.0 for line in state.history]
+    if patience is None or not scores:
         return False
-    scores = [choice_score(line, config.choose_by) or 0.0 for line in state.history]
-    return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= config.patience
+    return len(scores) - 1 - scores.index(max(scores)) >= patience

@@ -38,26 +38,26 @@ def build_frozen(*arguments: object) -> nn.Module:
     return network.double()
 
 
-def run_steps(job: Run) -> None:
+def run_steps(run: Run) -> None:
     """Train for STEPS steps, the first of as many epochs."""
-    data = open_training(job)
-    state = train.start_state(job, data)
+    data = open_training(run)
+    state = train.start_state(run, data)
     state.loss.double()
     rows, losses, gradients = [], [], []
     while state.done < int(sys.argv[2]):
-        batch = next(iter(train.stream_epoch(job, data, state.done)))
-        (cells,) = job.ranks.agree(batch.mask.sum())
-        loss, _ = train.train_step(job, state, batch, cells)
+        batch = next(iter(train.stream_epoch(run, data, state.done)))
+        (cells,) = run.ranks.agree(batch.mask.sum())
+        loss, _ = train.train_step(run, state, batch, cells)
         state.done += 1
         rows.append(batch.step.rows[:, 0])
-        losses.append(job.ranks.sum(np.array([loss.item()]))[0])
+        losses.append(run.ranks.sum(np.array([loss.item()]))[0])
         if state.done <= GRADIENTS:
-            given = [parameter.grad for parameter in state.network.parameters()]
-            gradients.append(torch.cat([one.flatten() for one in given if one is not None]).numpy())
+            own = [parameter.grad for parameter in state.network.parameters() if parameter.grad is not None]
+            gradients.append(torch.cat([gradient.flatten() for gradient in own]).numpy())
     out = Path(sys.argv[1])
     out.mkdir(exist_ok=True)
     weights = torch.cat([parameter.detach().flatten() for parameter in state.network.parameters()])
-    np.savez(out / f"{job.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients, weights=weights)
+    np.savez(out / f"{run.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients, weights=weights)
 
 
 with patch.object(train, "build_network", build_frozen), patch.object(commands, "print_run"):

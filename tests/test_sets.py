@@ -14,7 +14,7 @@ from pipeline.sources.rows import read_splits
 from pipeline.sources.sets import KNOWN, find_source
 from tests.conftest import default_options, make_shards, run_pipeline
 from tests.layouts import SETS, TABLES, list_rows
-from tests.training import narrow_networks, open_small_job, quick_ends
+from tests.training import narrow_networks, open_small_run, quick_ends
 
 
 def test_every_set_that_is_told_by_its_files_has_a_layout() -> None:
@@ -57,9 +57,9 @@ def test_a_set_goes_all_the_way(name: str, epochs: int, tmp_path: Path) -> None:
     run_pipeline("verify", out, "--deep")
     samples = sum(split.samples for split in manifest.splits.values())
     assert json.loads(run_pipeline("stats", out, "--format", "json").stdout)["images"] == samples
-    job = open_small_job(out, tmp_path / "run", batch_size=2, epochs=epochs)
-    train.train(job)
+    run = open_small_run(out, tmp_path / "run", batch_size=2, epochs=epochs)
+    train.train(run)
     files = sorted(path for path in home.rglob("*") if path.suffix in (".png", ".jpg", ".dicom"))[:2]
-    scores, bad = open_predictor([job.folder]).score_files([[file] for file in files], 1)
+    scores, bad = open_predictor([run.folder]).score_files([[file] for file in files], 1)
     assert (bad, len(scores)) == ([], 2)
     assert ((scores > 0) & (scores < 1)).any(axis=1).all()

@@ -1,5 +1,6 @@
 """Small training runs in this process, for tests of what a run writes and of what follows it."""
 
+import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from model import networks, ranks
@@ -30,6 +32,13 @@ SMALL |= {"amp": "off", "ema": 0.9}
 WORDS: tuple[object, ...] = tuple(
     "--arch rescnn --image-size 32 --epochs 1 --batch-size 16 --amp off --workers 2".split()
 )
+
+
+# The types of fixtures: make_run, command, capsys, monkeypatch
+MakeRun = Callable[..., Run]
+Command = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
 class Late(list[int]):
@@ -53,9 +62,9 @@ def stop_after(looks: int, begin: Callable[[], object]) -> None:
     assert stopped.value.code == 143
 
 
-def train_until(looks: int, job: Run) -> None:
+def train_until(looks: int, run: Run) -> None:
     """Train until the n-th look for a signal: before each step, before each batch that is scored, and after these."""
-    stop_after(looks, lambda: train.train(job))
+    stop_after(looks, lambda: train.train(run))
 
 
 @contextmanager
@@ -87,29 +96,41 @@ def call_train(*words: object) -> int:
         return main.main([str(word) for word in words], standalone_mode=False, obj=train.train) or 0
 
 
-def open_small_job(
+def open_small_run(
     shards: Path | Sequence[Path],
-    run: Path,
+    folder: Path,
     teacher: Path | None = None,
     init: Path | None = None,
     strict: bool = False,
     **changes: Any,
 ) -> Run:
-    """A small job; keyword arguments change its configuration."""
-    config = Config(**SMALL | changes)
+    """A small run that has begun; keyword arguments change its configuration."""
     folders = [shards] if isinstance(shards, Path) else shards
     setup = Setup(shards=tuple(map(str, folders)), teacher=teacher, init=init, strict=strict, workers=2)
-    job = open_run(config, setup, run)
-    begin_run(job.folder, job.config)
-    return job
+    run = open_run(Config(**SMALL | changes), setup, folder)
+    begin_run(run.folder, run.config)
+    return run
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(folder: Path) -> EventAccumulator:
+    """The curves in TensorBoard's events."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return events
 
 
 def assert_same_run(run: Path, other: Path) -> None:
     """Bitwise: weights, averages, optimizer, position, and every number of the metrics."""
     for name in ("last.pt", "best.pt"):
-        ours, theirs = load_checkpoint(run / name), load_checkpoint(other / name)
+        saved = [load_checkpoint(folder / name) for folder in (run, other)]
         for key in "images precision dataset outputs terms seen arch image_size".split():  # texts, or with texts
-            assert str(ours.pop(key, None)) == str(theirs.pop(key, None))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            first, second = (str(checkpoint.pop(key, None)) for checkpoint in saved)
+            assert first == second
+        torch.testing.assert_close(*saved, rtol=0, atol=0)
     for name in ("metrics.jsonl", "evaluation-dev.json", "evaluation-valid.json", "scores-valid.arrow"):
         assert (run / name).read_bytes() == (other / name).read_bytes()

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.runs.config import is_reported, read_config
-from model.runs.overlap import check_seen, check_start, read_seen
-from model.runs.predictor import of_run
+from model.runs.overlap import check_seen, list_seen, read_seen
+from model.runs.predictor import of_run, score_as
 from model.runs.report import define_settings
 from model.runs.run import Run, open_rows
 from pipeline.base.errors import DataError
@@ -50,11 +50,8 @@ class Matrix:
 def plan_runs(shards: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Run name → shard folders: each set alone, all but one (for three or more sets), and all."""
     sizes = dict.fromkeys((1, len(shards) - 1, len(shards)))
-    return {
-        " + ".join(Path(folder).name for folder in chosen): chosen
-        for size in sizes
-        for chosen in combinations(shards, size)
-    }
+    sets = (chosen for size in sizes for chosen in combinations(shards, size))
+    return {" + ".join(Path(folder).name for folder in chosen): chosen for chosen in sets}
 
 
 def train_runs(
@@ -69,26 +66,31 @@ def train_runs(
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
     # Open all runs first, to refuse folders that share patients or images before hours of training.
     made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in plan_runs(shards).items()}
-    runs = {str(folder): open_other(folder, next(iter(made.values()))) for folder in others} | made
+    runs, first = dict[str, Run](), next(iter(made.values()))
+    for folder in others:
+        config = read_config(folder)
+        if config.fusion != first.config.fusion:
+            raise DataError(f"{folder}: scores {config.units}, and these runs {first.config.units}")
+        runs[str(folder)] = score_as(first, folder, config)
+    runs |= made
     list_labels(runs)
     for run in made.values():
-        check_start(run)
+        list_seen(run, ())  # raises DataError
     for folder in others:
-        for alone in (made[Path(name).name] for name in shards):
-            check_seen(replace(runs[str(folder)], shards=alone.shards), _choose_split(alone.shards), read_seen(folder))
+        for alone in (made[Path(name).name].shards for name in shards):
+            check_seen(replace(runs[str(folder)], shards=alone), choose_split(alone), read_seen(folder))
     for run in made.values():
         if not (is_reported(run.folder) and read_config(run.folder) == run.config):
             train(run)
     return runs
 
 
-def open_other(folder: Path, run: Run) -> Run:
-    """The run of a folder, to score another run's samples. Raises DataError if one uses studies, the other images."""
-    config, same = read_config(folder), ("where", "views", "limit", "max_bad", "blank")
-    if config.fusion != run.config.fusion:
-        raise DataError(f"{folder}: scores {config.units}, and these runs {run.config.units}")
-    config = replace(config, **{name: getattr(run.config, name) for name in same})
-    return replace(run, config=config, folder=folder, start=None)
+def choose_split(collection: Shards) -> str:
+    """The split of a set that is scored. Raises DataError if it has none of them."""
+    for split in SCORED:
+        if split in collection.manifest.splits:
+            return split
+    raise DataError(f"{collection}: no split to score on, of {', '.join(SCORED)}; shard it again with `dev`")
 
 
 def list_labels(runs: Mapping[str, Run]) -> list[str]:
@@ -101,7 +103,7 @@ def list_labels(runs: Mapping[str, Run]) -> list[str]:
         labels &= set(run.config.labels)
         if len(run.shards.folders) > 1:
             continue
-        chosen = open_rows(run, _choose_split(run.shards))
+        chosen = open_rows(run, choose_split(run.shards))
         patient = chosen.split.table["patient"].to_numpy()[chosen.rows]
         for column, label in enumerate(LABELS):
             target, known = (array[chosen.rows, column] for array in chosen.truth)
@@ -119,16 +121,15 @@ def score_runs(runs: Mapping[str, Run], shards: Sequence[str]) -> Matrix:
     shares = {key: weigh_labels(labels, [key] if key in labels else labels) for key in (MACRO, *labels)}
     for scored in (Path(folder).name for folder in shards):
         collection = runs[scored].shards
-        split = _choose_split(collection)
+        split = choose_split(collection)
         measured: dict[str, Areas] = {}
         for name, run in runs.items():
             # Sets that share images are refused before training; images shared within a set were reported earlier.
             own = replace(run, shards=collection, setup=replace(run.setup, shared_images=name in trained))
             images = of_run(run).score(own, split).images
             columns = [run.config.labels.index(label) for label in labels]
-            measured[name] = measure_areas(
-                images.scores[:, columns], images.target[:, columns], images.mask[:, columns], images.patient
-            )
+            scores, target, mask = images.scores[:, columns], images.target[:, columns], images.mask[:, columns]
+            measured[name] = measure_areas(scores, target, mask, images.patient)
             matrix.sets[scored] = {"split": split, "images": len(images.scores)}
         matrix.cells[scored] = {
             name: {
@@ -157,12 +158,7 @@ def tabulate_cross(matrix: Matrix, label: str) -> Table:
     return Table(title, ("trained on", *columns), rows)
 
 
-def name_run(run: str) -> str:
-    """A run's name in a figure: that of its folder, of at most 40 characters."""
-    return Path(run).name[-40:]
-
-
-def draw_matrix(axes: "Axes", matrix: Matrix) -> None:
+def draw_matrix(axes: "Axes", matrix: Matrix, names: Sequence[str]) -> None:
     """The mean AUROC of each run (row) on each set (column), as colored cells with their numbers."""
     rows = [[matrix.cells[name][run][MACRO]["auroc"]["value"] for name in matrix.sets] for run in matrix.runs]
     cells = np.array(rows, float)
@@ -175,7 +171,7 @@ def draw_matrix(axes: "Axes", matrix: Matrix) -> None:
         axes.text(column, row, f"{value:.3f}", color=color, ha="center", va="center")
     axes.invert_yaxis()
     axes.set_xticks(range(len(matrix.sets)), list(matrix.sets))
-    axes.set_yticks(range(len(matrix.runs)), [name_run(run) for run in matrix.runs])
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="scored on", ylabel="trained on")
 
 
@@ -183,16 +179,11 @@ def write_cross(out: Path, matrix: Matrix, run: Run) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
     write_json(out / "cross.json", asdict(matrix))
     tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)}
-    size = (2 + 0.07 * max(map(len, map(name_run, matrix.runs))) + 1.2 * len(matrix.sets), 1 + 0.4 * len(matrix.runs))
-    figure = draw_svg(partial(draw_matrix, matrix=matrix), "AUROC by training and test set", size, fitted=True)
+    names = [Path(name).name[-40:] for name in matrix.runs]
+    size = (2 + 0.07 * max(map(len, names)) + 1.2 * len(matrix.sets), 1 + 0.4 * len(names))
+    draw = partial(draw_matrix, matrix=matrix, names=names)
+    figure = draw_svg(draw, "AUROC by training and test set", size, fitted=True)
     page = open_templates("model.runs").get_template("cross.html")
     settings = {run.folder.name: define_settings(asdict(run.config))}
     text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure, settings=settings)
     write_atomically(out / "cross.html", text.encode())
-
-
-def _choose_split(collection: Shards) -> str:
-    for split in SCORED:
-        if split in collection.manifest.splits:
-            return split
-    raise DataError(f"{collection}: no split to score on, of {', '.join(SCORED)}; shard it again with `dev`")

@@ -51,10 +51,10 @@ def write_heatmaps(member: Network, files: Sequence[Path], scores: Floats, out: 
             labels = [known[place] for place in np.argsort(-row, kind="stable")[:top]]
             for label, heat in zip(labels, draw_heats(member, image, labels), strict=True):
                 score = row[known.index(label)]
-                caption = [f"{label}: score {score:.3f}", f"{member.folder.name}, not for clinical use"]
+                text = [f"{label}: score {score:.3f}", f"{member.folder.name}, not for clinical use"]
                 name = f"{number + 1:05d}-{file.name}-{label.lower().replace(' ', '-')}.png"
                 with atomic_file(out / name) as picture:
-                    draw_overlay(image, heat, caption).save(picture, "PNG")
+                    draw_overlay(image, heat, text).save(picture, "PNG")
                 written += 1
             advance(number + 1, len(files))
     return written

@@ -24,13 +24,12 @@ from model.names import own_input
 from model.networks import StudyNetwork, weights_terms
 from model.optim import scheduled_lr
 from model.ranks import Ranks
-from model.runs.config import Config, name_outputs, read_config
+from model.runs.config import Config, read_config
 from model.runs.run import Run
 from pipeline.base.errors import DataError, describe_difference, needs
 from pipeline.base.files import named_writes, write_atomically, write_json
 from pipeline.base.store import read_bytes
 from pipeline.console import say, say_once
-from pipeline.images import ImageOptions
 from pipeline.manifest import find_restriction
 from pipeline.stream.batches import Unusable
 from pipeline.stream.cache import redact
@@ -67,14 +66,12 @@ class TrainState:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint."""
-        modules = {name: getattr(self, name).state_dict() for name in self.MODULES}
-        values = {name: getattr(self, name) for name in self.VALUES}
-        # The default generators, which layers may use.
-        random = {"cpu": torch.get_rng_state()}
+        state = {name: getattr(self, name).state_dict() for name in self.MODULES}
+        state |= {name: getattr(self, name) for name in self.VALUES}
+        state["random"] = {"cpu": torch.get_rng_state()}  # of the default generators, which layers may use
         if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        how = {"random": random, "precision": self.precision, "ranks": self.ranks}
-        save_checkpoint(path, modules | values | how)
+            state["random"]["cuda"] = torch.cuda.get_rng_state()
+        save_checkpoint(path, state | {"precision": self.precision, "ranks": self.ranks})
 
     def restore(self, path: Path, ranks: Ranks) -> None:
         """Read the checkpoint.
@@ -86,13 +83,13 @@ class TrainState:
         instead = f", or start another `run` with `init` {path.parent}" if best.exists() else ""
         remedy = f"; remove it to train from the beginning{instead}"
         saved = load_checkpoint(path, ranks, remedy)
-        how = "continue as before, or choose another `run`"
+        differs, how = "", "continue as before, or choose another `run`"
         if saved["precision"] != self.precision:
-            raise CheckpointError(
-                f"{path}: trained in {saved['precision']}, `amp` is {self.precision} on this device: {how}"
-            )
-        if saved["ranks"] != self.ranks:
-            raise CheckpointError(f"{path}: trained on {saved['ranks']} ranks, not {self.ranks}: {how}")
+            differs = f"trained in {saved['precision']}, `amp` is {self.precision} on this device"
+        elif saved["ranks"] != self.ranks:
+            differs = f"trained on {saved['ranks']} ranks, not {self.ranks}"
+        if differs:
+            raise CheckpointError(f"{path}: {differs}: {how}")
         with refused(path, remedy):
             for name in self.MODULES:
                 getattr(self, name).load_state_dict(saved[name])
@@ -118,63 +115,54 @@ def fuse(network: nn.Module, config: Config) -> nn.Module:
 def begin_run(folder: Path, config: Config, steps: int = 0) -> Config:
     """Make the run's folder; returns its configuration.
 
-    A run that has done all of its epochs, of `steps` each, may get more. Raises DataError, with the difference, if the
-    folder has another configuration.
+    A run that has done all of its epochs, of `steps` each, may get more; reports their learning rate. Raises DataError
+    if it has not done them, or with the difference if the folder has another configuration.
     """
     if (folder / "config.json").exists():
         before = read_config(folder)
         if config == before:
             return before
-        if config.epochs > before.epochs and replace(config, epochs=before.epochs) == before:
-            extend_run(folder, before, config.epochs, steps)
-            config = replace(config, extended=(*before.extended, before.epochs))
-        else:
+        if config.epochs <= before.epochs or replace(config, epochs=before.epochs) != before:
             own = asdict(before)
             difference = describe_difference(own, asdict(config) | {"extended": before.extended}, own)
-            raise DataError(
-                f"{folder} is a run of another configuration: {difference}; choose another `run` (in make: RUN=)"
-            )
+            how = "choose another `run` (in make: RUN=)"
+            raise DataError(f"{folder} is a run of another configuration: {difference}; {how}")
+        done = load_checkpoint(folder / "last.pt").get("done")
+        if done != before.epochs * steps:
+            how = f"can be raised after all {before.epochs} are done; its last step is {done:,}"
+            raise DataError(f"{folder}: `epochs` {how}")
+        last = scheduled_lr(config.lr, done - 1, done)
+        first = scheduled_lr(config.lr, done, config.epochs * steps)
+        say(
+            f"{folder}: {before.epochs} epochs ended at a learning rate of {last:.2g}; the next follow the schedule of "
+            f"{config.epochs} from {first:.2g} down, so the result is not that of {config.epochs} epochs at once"
+        )
+        (folder / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
+        config = replace(config, extended=(*before.extended, before.epochs))
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(config))
     return config
 
 
-def extend_run(folder: Path, config: Config, epochs: int, steps: int) -> None:
-    """Report the learning rate of more epochs. Raises DataError if the run has not done those that it has."""
-    done = load_checkpoint(folder / "last.pt").get("done")
-    if done != config.epochs * steps:
-        raise DataError(
-            f"{folder}: `epochs` can be raised after all {config.epochs} are done; its last step is {done:,}"
-        )
-    then, now = (
-        scheduled_lr(config.lr, step, total * steps) for step, total in ((done - 1, config.epochs), (done, epochs))
-    )
-    say(
-        f"{folder}: {config.epochs} epochs ended at a learning rate of {then:.2g}; the next follow the schedule of "
-        f"{epochs} from {now:.2g} down, so the result is not that of {epochs} epochs at once"
-    )
-    (folder / "model-card.md").unlink(missing_ok=True)  # which marks a finished run
-
-
 def describe_software(run: Run) -> dict[str, object]:
     """Software settings that must be the same on all ranks, in addition to the configuration."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:  # the commit of this checkout, with `-dirty` if files were changed
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        code = version("chexpert-pipeline")
     packages = PACKAGES if own_input(run.config.arch) is None else (*PACKAGES, "timm")
-    return {
-        "code": describe_code(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "precision": str(run.precision),
-    }
+    versions = {name: version(name) for name in packages}
+    return {"code": code, "python": platform.python_version(), "packages": versions, "precision": str(run.precision)}
 
 
 def record_environment(run: Run) -> None:
     """Append this start's environment to environment.jsonl, which with config.json reproduces the run."""
     # Relative to the run, so that both can move together.
     paths = {shards.name: os.path.relpath(shards.path, run.folder) for shards in run.shards.folders}
-    shards = [name if "://" in name else path for name, path in paths.items()]
     line = describe_software(run) | {
         "command": [redact(word) for word in sys.argv],
-        "shards": shards,
+        "shards": [name if "://" in name else path for name, path in paths.items()],
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -185,36 +173,34 @@ def record_environment(run: Run) -> None:
     write_atomically(path, before + (json.dumps(line) + "\n").encode())
 
 
-@contextmanager
-def send_curves(run: Run) -> Iterator[Log]:
-    """If enabled, mirror TensorBoard's events to Weights & Biases; yields a function that sends a value to MLflow.
+def send_curves(run: Run, stack: ExitStack) -> Log:
+    """Until the stack ends, mirror TensorBoard's events to Weights & Biases; returns what sends a value to MLflow.
 
-    In both, a resumed run keeps its identity. Raises DataError if a package is missing.
+    Each only if the setup asks for it. In both, a resumed run keeps its identity. Raises DataError if a package is
+    missing.
     """
     folder, setup, terms = run.folder, run.setup, find_restriction(run.manifest.dataset)
     for name in ("wandb", "mlflow"):
         if terms and getattr(setup, name):
             sent = f"`{name}` sends settings and figures of this run to others"
             say_once(f"Warning: {sent}; make sure that the {terms} allows it")
-    digest = hashlib.sha256(read_bytes(folder / "config.json")).hexdigest()[:8]
+    digest, config = hashlib.sha256(read_bytes(folder / "config.json")).hexdigest()[:8], asdict(run.config)
     identity = re.sub(r"[^\w.-]", "-", f"{folder.name}-{digest}")
-    settings: dict[str, Any] = {"config": asdict(run.config), "sync_tensorboard": True, "save_code": False}
-    with ExitStack() as stack:
-        if setup.wandb:
-            with needs("wandb"):
-                import wandb
-            wandb.init(project=setup.wandb, name=folder.name, id=identity, resume="allow", dir=folder, **settings)
-            stack.callback(wandb.finish)  # before the next trial of a sweep begins another
-        if not setup.mlflow:
-            yield lambda name, value, step: None
-            return
-        with needs("mlflow"):
-            import mlflow
-        mlflow.set_experiment(setup.mlflow)
-        earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{identity}'", output_format="list")
-        stack.enter_context(mlflow.start_run(earlier[0].info.run_id if earlier else None, run_name=identity))
-        mlflow.log_params(asdict(run.config))
-        yield mlflow.log_metric
+    if setup.wandb:
+        with needs("wandb"):
+            import wandb
+        options: dict[str, Any] = {"config": config, "sync_tensorboard": True, "save_code": False, "dir": folder}
+        wandb.init(project=setup.wandb, name=folder.name, id=identity, resume="allow", **options)
+        stack.callback(wandb.finish)  # before the next trial of a sweep begins another
+    if not setup.mlflow:
+        return lambda name, value, step: None
+    with needs("mlflow"):
+        import mlflow
+    mlflow.set_experiment(setup.mlflow)
+    earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{identity}'", output_format="list")
+    stack.enter_context(mlflow.start_run(earlier[0].info.run_id if earlier else None, run_name=identity))
+    mlflow.log_params(config)
+    return lambda name, value, step: mlflow.log_metric(name, value, step)
 
 
 @contextmanager
@@ -228,28 +214,22 @@ def open_events(run: Run, done: int) -> Iterator[Log]:
         return
     from torch.utils.tensorboard import SummaryWriter  # here, because it is slow to import
 
-    folder, usual = run.folder / "tensorboard", threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if not isinstance(args.exc_value, OSError):
-            usual(args)
+    folder, hook = run.folder / "tensorboard", threading.excepthook
 
     def log(name: str, value: float, step: int) -> None:
         with named_writes(folder):
             events.add_scalar(name, value, step)
         send(name, value, step)
 
-    # Hide the traceback of TensorBoard's thread: logging the next value raises the same error.
-    threading.excepthook = hook
-    try:
-        with send_curves(run) as send, ExitStack() as stack:
-            with named_writes(folder):
-                events = SummaryWriter(str(folder), purge_step=done + 1)
-                stack.enter_context(named_writes(folder))
-                stack.callback(events.close)
-            yield log
-    finally:
-        threading.excepthook = usual
+    with ExitStack() as stack:
+        # Hide the traceback of TensorBoard's thread: logging the next value raises the same error.
+        stack.callback(setattr, threading, "excepthook", hook)
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else hook(args)
+        send = send_curves(run, stack)
+        stack.enter_context(named_writes(folder))
+        events = SummaryWriter(str(folder), purge_step=done + 1)
+        stack.callback(events.close)
+        yield log
 
 
 def result_name(config: Config, digest: str, split: str) -> str:
@@ -262,24 +242,3 @@ def describe_start(config: Mapping[str, Any]) -> str:
     if config.get("pretrained"):
         return weights_terms(config["arch"])
     return config["init_terms"] or "random weights"
-
-
-def describe_code() -> str:
-    """The commit of this checkout, with `-dirty` if files were changed; else the package's version."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return version("chexpert-pipeline")
-
-
-def save_best(run: Run, seen: Sequence[Entry], weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
-    """Write best.pt: everything needed to score images, except the settings in config.json."""
-    images = {name: run.manifest.options[name] for name in ImageOptions._fields}
-    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(run.pixels)}
-    about |= {"dataset": dict(run.manifest.dataset), "equalize": run.config.equalize, "seen": list(seen)}
-    about |= {"arch": run.config.arch, "image_size": run.config.image_size, "outputs": name_outputs(run.config)}
-    title, terms = (run.manifest.dataset.get(name, "not stated") for name in ("title", "license"))
-    use = "calibrated" if run.config.adopted else "trained"
-    about["terms"] = f"{describe_start(asdict(run.config))}; {use} on {title}: {terms}"
-    save_checkpoint(run.folder / "best.pt", {"weights": dict(weights), **about})

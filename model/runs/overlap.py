@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 
 from model.checkpoint import UNKNOWN, Entry, hand_on, load_checkpoint, refused
@@ -25,6 +23,7 @@ from model.runs.run import Run, open_images, selected_splits
 from pipeline.base.errors import DataError
 from pipeline.console import say, say_once
 from pipeline.identity import join_content, name_patients
+from pipeline.measure.metrics import Ints
 
 Seen = Sequence[Entry]
 
@@ -34,32 +33,30 @@ def list_seen(run: Run, splits: Sequence[str]) -> Seen:
 
     Raises DataError before training if the initial weights or the teacher were trained on images of dev or valid.
     """
-    before, own = check_start(run), []
-    for name in splits:
-        images, patients = (torch.from_numpy(np.unique(values)) for values in identify(run, name))
-        own.append(Entry(run="", split=name, images=images, patients=patients, sets=[]))
-    return [*own, *before]
-
-
-def check_start(run: Run) -> Seen:
-    """The entries of a run's initial weights and teacher; raises DataError as `list_seen` does."""
     before = list(run.start.seen) if run.start else []
     for folder in read_members(run.setup.teacher) if run.setup.teacher else ():
         before += hand_on(read_seen(folder), folder)
     for name in selected_splits(run) if before else ():
         if name != "train":
             check_seen(run, name, before, "keep its split (`dev`, `seed`), or start from another")
-    return before
+    own = []
+    for name in splits:
+        images, patients = (torch.from_numpy(np.unique(values)) for values in identify(run, name))
+        own.append(Entry(run="", split=name, images=images, patients=patients, sets=[]))
+    return own + before
 
 
-def identify(run: Run, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def identify(run: Run, name: str) -> tuple[Ints, Ints]:
     """Of each image of a split that a run uses: CRC and length as one number [N], and the patient's hash [N].
 
     Signed, because torch cannot save unsigned numbers.
     """
     split, rows = open_images(run, name)
     table = split.table.take(rows)
-    return join_content(table).to_numpy().view(np.int64), hash_patients(table, run.shards.namespace)
+    names = name_patients(table["patient"], run.shards.namespace).dictionary_encode()
+    digests = (hashlib.sha256(name.encode()).digest() for name in names.dictionary.to_pylist())
+    hashes = np.array([int.from_bytes(digest[:8], signed=True) for digest in digests], np.int64)
+    return join_content(table).to_numpy().view(np.int64), hashes[names.indices.to_numpy()]
 
 
 def read_seen(folder: Path) -> Seen:
@@ -80,36 +77,34 @@ def check_seen(
     Reports overlap. Raises DataError, with the remedy, if images or sets overlap and the run does not allow it; overlap
     of the run's own shards, as between their splits, is always allowed.
     """
-    at_home = run.shards.digest == run.config.manifest
+    shards, at_home = run.shards, run.shards.digest == run.config.manifest
     if at_home and name == "train" and not run.config.adopted:
         return {}
     images, patients = identify(run, name)
     shared_images, shared_patients = (np.zeros(len(images), np.bool_) for _ in range(2))
-    namespaces = {folder.patients for folder in run.shards.folders}
+    namespaces = {folder.patients for folder in shards.folders}
     tell = say_once if run.ranks.is_first else (lambda _: None)
     for entry in seen:
         if name == entry["split"] == "dev":
             continue
         folder = entry["run"] or run.folder
         if entry["split"] == UNKNOWN:
-            tell(_describe_unknown(folder, f"images of {name}"))
+            tell(f"{folder}: what it was trained on is not known: if on images of {name}, figures are too good")
         if sets := sorted(namespaces & {*entry["sets"]}):
-            text = f"{run.shards}, {name}: {folder} was trained on images of {', '.join(sets)}"
+            text = f"{shards}, {name}: {folder} was trained on images of {', '.join(sets)}"
             if not (run.setup.shared_images or at_home):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: if on these, figures are too good")
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
         shared_images, shared_patients = shared_images | again, shared_patients | known
         if count := int(again.sum()):
-            text = f"{run.shards}, {name}: {folder} trained on {count:,} of these {len(images):,} images"
+            text = f"{shards}, {name}: {folder} trained on {count:,} of these {len(images):,} images"
             if not (run.setup.shared_images or (at_home and not entry["run"])):
                 raise DataError(f"{text}; {remedy}")
             tell(f"{text}: its scores of them are too good")
         if count := len(np.unique(patients[known])):
-            tell(
-                f"{run.shards}, {name}: {count:,} patient names are among those that {folder} trained on: if they are "
-                "the same people, figures are too good"
-            )
+            names = f"{count:,} patient names are among those that {folder} trained on"
+            tell(f"{shards}, {name}: {names}: if they are the same people, figures are too good")
     if any(entry["split"] == UNKNOWN or not namespaces.isdisjoint(entry["sets"]) for entry in seen):
         return {}
     return {"shared_patients": len(np.unique(patients[shared_patients])), "shared_images": int(shared_images.sum())}
@@ -122,21 +117,6 @@ def report_seen(contents: Sequence[int], seen: Seen, folder: Path) -> None:
         say(f"{folder} was trained on {count:,} of these {len(contents):,} images: its scores of them are too good")
     for entry in seen:
         if entry["split"] == UNKNOWN or entry["sets"]:
-            say(_describe_unknown(entry["run"] or folder, "these images", entry["sets"]))
-
-
-def _describe_unknown(folder: object, images: str, sets: Sequence[str] = ()) -> str:
-    if sets:
-        return f"{folder}: it was trained on {', '.join(sets)}: if on {images}, figures are too good"
-    return f"{folder}: what it was trained on is not known: if on {images}, figures are too good"
-
-
-def hash_patients(table: pa.Table, namespace: str) -> npt.NDArray[np.int64]:
-    """The hash of each row's patient, int64 [N]; `namespace` is the `Shards`'s."""
-    patients = name_patients(table["patient"], namespace).dictionary_encode()
-    hashes = [
-        int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], signed=True)
-        for name in patients.dictionary.to_pylist()
-    ]
-    values: npt.NDArray[np.int64] = np.array(hashes, np.int64)[patients.indices.to_numpy()]
-    return values
+            sets = f"it was trained on {', '.join(entry['sets'])}"
+            data = sets if entry["sets"] else "what it was trained on is not known"
+            say(f"{entry['run'] or folder}: {data}: if on these images, figures are too good")

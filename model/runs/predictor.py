@@ -12,9 +12,9 @@ report-*.html are as in a run's folder.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -26,18 +26,18 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import load_checkpoint, refused
+from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.networks import build_network
 from model.predict import choose_precision, find_device, network_inputs, predict_scores
 from model.ranks import ALONE, Ranks, requested
 from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
-from model.runs.folder import fuse
+from model.runs.folder import describe_start, fuse
 from model.runs.overlap import Seen, check_seen, report_seen
 from model.runs.run import Run, Selected, open_rows, read_batches
 from model.runs.views import read_view
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, sync_folder, write_json
-from pipeline.console import Advance, progress_bar, say
+from pipeline.console import progress_bar, say
 from pipeline.images import ImageOptions
 from pipeline.labels import LABELS
 from pipeline.measure.calibration import RULES, Calibration, apply_calibration, apply_calibrations
@@ -50,9 +50,8 @@ EVALUATION_BATCH = 64  # images
 Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
 Unreadable = list[tuple[Path, str]]  # files, with the reason
 # Settings that members must share, and their options: otherwise their scores are not comparable.
-SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev"} | {
-    name: name for name in ("labels", "blank", "where", "views")
-}
+SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev", "labels": "labels", "blank": "blank"}
+SAME |= {"where": "where", "views": "views"}
 
 
 class Result(NamedTuple):
@@ -117,11 +116,11 @@ class Predictor:
     @cached_property
     def members(self) -> list[Network]:
         """The networks with their best weights. Raises CheckpointError, and DataError if a calibration is missing."""
-        several = len(self.configs) > 1  # members of an ensemble, whose calibrated scores are averaged
         networks = []
         for folder, config in self.configs.items():
-            fit = read_calibration(folder, config.labels)["image"] if several else None
-            networks.append(load_network(folder, config, fit, self.ranks))
+            # An ensemble averages calibrated scores.
+            fits = read_calibration(folder, config.labels)["image"] if len(self.configs) > 1 else None
+            networks.append(load_network(folder, config, fits, self.ranks))
         return networks
 
     def score(self, run: Run, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
@@ -155,7 +154,7 @@ class Predictor:
         weights were trained on.
         """
         by_image = self.config.fusion is None
-        scored = [[file] for files in samples for file in files] if by_image else samples
+        scored = [[file] for file in chain(*samples)] if by_image else samples
         parts = [(member, *_score_files(member, scored, workers)) for member in self.members]
         scores = np.mean([member.calibrate(own) for member, own, _ in parts], axis=0)
         if by_image:
@@ -180,15 +179,15 @@ class Predictor:
                 raise DataError(f"`{option}` needs an ensemble's folder; first run: {command}; then `run` FOLDER")
             return Decision(None, [], threshold)
         document = read_calibration(self.folder, self.config.labels, level)
-        chosen, combine = document[level], document["combine"]
-        if threshold == "none":
-            return Decision(chosen, [], threshold, combine)
-        limits = {label: chosen[label]["thresholds"][threshold] for label in self.config.labels}
+        chosen, combine, rule = document[level], document["combine"], threshold
+        if rule == "none":
+            return Decision(chosen, [], rule, combine)
+        limits = {label: chosen[label]["thresholds"][rule] for label in self.config.labels}
         if without := [label for label, limit in limits.items() if limit is None]:
             say(f"{self.folder}: no decisions on {', '.join(without)}: one class in dev")
-        rule = f"sensitivity>={document['sensitivity']:g}" if threshold == "sensitivity" else threshold
-        values = [np.nan if limit is None else limit for limit in limits.values()]
-        return Decision(chosen, values, rule, combine)
+        if rule == "sensitivity":
+            rule += f">={document['sensitivity']:g}"
+        return Decision(chosen, [np.nan if limit is None else limit for limit in limits.values()], rule, combine)
 
     def calibrate(
         self, run: Run, sensitivity: float = 0.9, combine: str = "max", dev: Scored | None = None
@@ -203,11 +202,9 @@ class Predictor:
         if chosen.items() <= calibration.items():
             return calibration
         if run.shards.digest != run.config.manifest:  # their dev may have patients of the run's train
-            command = f"python -m train evaluate --run {run.folder} --sensitivity {sensitivity} --study {combine}"
-            raise DataError(
-                f"{run.shards}: thresholds are chosen on dev of the shards that {run.folder} was trained on; "
-                f"first run: {command} with those"
-            )
+            first = f"python -m train evaluate --run {run.folder} --sensitivity {sensitivity} --study {combine}"
+            how = f"thresholds are chosen on dev of the shards that {run.folder} was trained on; first run: {first}"
+            raise DataError(f"{run.shards}: {how} with those")
         dev = self.score(run, "dev").images if dev is None else dev
         calibration = calibrate(run.config.labels, dev, sensitivity, combine)
         write_json(path, calibration)
@@ -216,8 +213,8 @@ class Predictor:
 
 def score_as(run: Run, folder: Path, config: Config) -> Run:
     """The run in a folder, to score the images of another."""
-    chosen = {name: getattr(run.config, name) for name in ("where", "views", "limit", "max_bad", "dev", "seed")}
-    return replace(run, folder=folder, config=replace(config, **chosen))
+    same = ("where", "views", "limit", "max_bad", "blank", "dev", "seed")
+    return replace(run, folder=folder, config=replace(config, **{name: getattr(run.config, name) for name in same}))
 
 
 def of_run(run: Run) -> Predictor:
@@ -290,6 +287,19 @@ def read_calibration(folder: Path, labels: Sequence[str], level: str = "image") 
     return document
 
 
+def save_best(run: Run, seen: Seen, weights: Mapping[str, Tensor], epoch: float, score: float) -> None:
+    """Write best.pt: everything needed to score images, except the settings in config.json."""
+    config, dataset = run.config, run.manifest.dataset
+    images = {name: run.manifest.options[name] for name in ImageOptions._fields}
+    title, terms = (dataset.get(name, "not stated") for name in ("title", "license"))
+    use = "calibrated" if config.adopted else "trained"
+    about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(run.pixels)}
+    about |= {"dataset": dict(dataset), "equalize": config.equalize, "seen": list(seen)}
+    about |= {"arch": config.arch, "image_size": config.image_size, "outputs": name_outputs(config)}
+    about["terms"] = f"{describe_start(asdict(config))}; {use} on {title}: {terms}"
+    save_checkpoint(run.folder / "best.pt", {"weights": dict(weights), **about})
+
+
 def load_network(
     folder: Path, config: Config, calibration: Mapping[str, Calibration] | None = None, ranks: Ranks = ALONE
 ) -> Network:
@@ -315,31 +325,24 @@ def score_split(
     Each rank scores its share of the rows and gets all scores. `alter` changes the images of each batch.
     Raises Stopped.
     """
-    config, split, rows = run.config, chosen.split, chosen.rows
-    columns = learned_columns(config)
-    plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=run.ranks.rank, ranks=run.ranks.count)
-    batches = read_batches(run, chosen, chosen.truth, plan)
-    bad, scored = np.zeros(len(rows)), np.zeros(len(rows), bool)
-
-    def samples(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
-        for batch in batches:
-            if requested():
-                return
-            start = batch.step.step * EVALUATION_BATCH
-            bad[[start + position for position in batch.bad]] = 1
-            scored[start : start + len(batch.target)] = True
-            images = batch.images if alter is None else alter(batch.images)
-            yield network_inputs(run.device, config.fusion is not None, images, batch.present, batch.projection)
-            advance(min(int(scored.sum()) * run.ranks.count, len(rows)), len(rows))
-
+    config, split, rows, ranks = run.config, chosen.split, chosen.rows, run.ranks
+    columns, scale, done = learned_columns(config), (pixels["mean"], pixels["std"]), 0
+    plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=ranks.rank, ranks=ranks.count)
+    bad, scores = np.zeros(len(rows)), np.zeros((len(rows), len(columns)))
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
-        own_scores = predict_scores(network, columns, samples(advance), pixels["mean"], pixels["std"], run.precision)
-    run.ranks.agree()
-    scores = np.zeros((len(rows), len(columns)))
-    scores[scored] = own_scores
-    scores = run.ranks.sum(scores)
-    chosen.bad.update(run.ranks.unite(chosen.bad.rows))
-    usable = run.ranks.sum(bad) == 0
+        for batch in read_batches(run, chosen, chosen.truth, plan):
+            if requested():
+                break  # `agree` ends all ranks
+            start, images = batch.step.step * EVALUATION_BATCH, batch.images if alter is None else alter(batch.images)
+            bad[[start + position for position in batch.bad]] = 1
+            inputs = network_inputs(run.device, config.fusion is not None, images, batch.present, batch.projection)
+            end = start + len(batch.target)
+            scores[start:end] = predict_scores(network, columns, [inputs], *scale, run.precision)
+            done += len(batch.target)
+            advance(min(done * ranks.count, len(rows)), len(rows))
+    ranks.agree()
+    chosen.bad.update(ranks.unite(chosen.bad.rows))
+    scores, usable = ranks.sum(scores), ranks.sum(bad) == 0
     rows = rows[usable]
     facts = split.table.take(rows)
     target, mask = (cells[rows][:, columns] for cells in chosen.truth)
@@ -348,35 +351,29 @@ def score_split(
 
 def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, for one network."""
-    config = member.config
-    device, precision = find_device(), choose_precision(config.amp)
+    config, device, scale = member.config, find_device(), (member.pixels["mean"], member.pixels["std"])
+    columns, precision = learned_columns(config), choose_precision(config.amp)
     read = partial(read_view, config=config, options=member.images)
+    scores = np.zeros((len(samples), len(columns)))
     bad: Unreadable = []
     contents: list[int] = []
-    usable = np.ones(len(samples), bool)
-
-    def batches(advance: Advance) -> Iterator[tuple[Tensor, ...]]:
-        with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, len(samples), EVALUATION_BATCH):
-                some = samples[start : start + EVALUATION_BATCH]
-                files, sizes = list(chain(*some)), list(map(len, some))
-                views = list(pool.map(read, files))
-                bad.extend((file, view.fault) for file, view in zip(files, views, strict=True) if view.fault)
-                contents.extend(view.content for view in views if not view.fault)
-                sample = np.repeat(np.arange(len(some)), sizes)
-                place = np.concatenate([np.arange(size) for size in sizes])
-                kept, without = choose_usable(sample, place, np.array([not view.fault for view in views]))
-                usable[[start + position for position in without]] = False
-                present = np.zeros((len(some), max(sizes)), np.bool_)
-                present[sample[kept], place[kept]] = True
-                images = np.stack([view.pixels for view in views])[kept, None]
-                projection = np.array([view.projection for view in views], np.int8)[kept]
-                yield network_inputs(device, config.fusion is not None, images, present, projection)
-                advance(start + len(some), len(samples))
-
-    with progress_bar("Scoring", config.units) as advance:
-        columns, scale = learned_columns(config), (member.pixels["mean"], member.pixels["std"])
-        scores = predict_scores(member.network, columns, batches(advance), *scale, precision)
-    scores[~usable] = np.nan
+    with ThreadPoolExecutor(workers) as pool, progress_bar("Scoring", config.units) as advance:
+        for start in range(0, len(samples), EVALUATION_BATCH):
+            some = samples[start : start + EVALUATION_BATCH]
+            files, sizes = list(chain(*some)), list(map(len, some))
+            views = list(pool.map(read, files))
+            bad += [(file, view.fault) for file, view in zip(files, views, strict=True) if view.fault]
+            contents += [view.content for view in views if not view.fault]
+            sample, place = np.repeat(np.arange(len(some)), sizes), np.concatenate(list(map(np.arange, sizes)))
+            kept, without = choose_usable(sample, place, np.array([not view.fault for view in views]))
+            present = np.zeros((len(some), max(sizes)), np.bool_)
+            present[sample[kept], place[kept]] = True
+            images = np.stack([view.pixels for view in views])[kept, None]
+            projection = np.array([view.projection for view in views], np.int8)[kept]
+            inputs = network_inputs(device, config.fusion is not None, images, present, projection)
+            own = predict_scores(member.network, columns, [inputs], *scale, precision)
+            own[without] = np.nan
+            scores[start : start + len(some)] = own
+            advance(start + len(some), len(samples))
     report_seen(contents, member.seen, member.folder)
     return scores, bad

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.checkpoint import Start
 from model.networks import build_network, load_initial
-from model.runs.config import (
-    Assessment,
-    Config,
-    Setup,
-    learned_columns,
-    name_outputs,
-    open_start,
-    parse_choice,
-    read_config,
-)
-from model.runs.folder import begin_run, fuse, record_environment, result_name, save_best
+from model.runs.config import Assessment, Config, Setup, name_outputs, open_start, parse_choice, read_config
+from model.runs.folder import begin_run, fuse, record_environment, result_name
 from model.runs.overlap import check_seen, list_seen, read_seen
-from model.runs.predictor import Predictor, Result, forget_calibration, of_run, score_as
+from model.runs.predictor import Predictor, Result, forget_calibration, of_run, save_best, score_as
 from model.runs.report import render_model_card, render_report
 from model.runs.run import Run, open_images, open_rows, open_run, open_split, selected_splits
 from pipeline.base.errors import DataError, SettingError
@@ -33,13 +23,13 @@ from pipeline.base.files import parse_object, sync_folder, write_atomically
 from pipeline.base.store import read_bytes
 from pipeline.console import say
 from pipeline.identity import ignore
-from pipeline.labels import count_rows
+from pipeline.labels import LABELS, count_rows
 from pipeline.look.pixels import ALTERATIONS, measure_edges
 from pipeline.measure.delong import average, combine, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Beside, Scored, add_own, combine_views, judge_scores
 from pipeline.measure.evaluation import Evaluation, read_evaluation
 from pipeline.measure.metrics import Floats
-from pipeline.measure.scores import Scores, name_files, open_scores, write_scores
+from pipeline.measure.scores import name_files, open_scores, write_scores
 from pipeline.stream.samples import find_places
 
 TRAIN_SAMPLES = 2000  # number of train samples that a sweep scores
@@ -50,60 +40,52 @@ def finish_run(run: Run) -> dict[str, Evaluation]:
 
     Returns the evaluations, by split, on the first rank.
     """
-    splits = selected_splits(run)
+    splits, predictor = selected_splits(run), of_run(run)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
-    predictor = of_run(run)
     results = {name: predictor.score(run, name) for name in names}
     if not run.ranks.is_first:
         return {}
     forget_calibration(run.folder)  # from an earlier best.pt
-    evaluations = {name: evaluate(run, predictor, results[name], Assessment(split=name)) for name in names}
-    images = {name: results[name].images for name in names}
+    evaluations = {name: evaluate(run, predictor, result, Assessment(split=name)) for name, result in results.items()}
+    images = {name: result.images for name, result in results.items()}
     write_report(run, predictor, run.folder / "report.html", evaluations, images)
     data = {}
-    for name in names if run.config.adopted else splits:
+    for name in results if run.config.adopted else splits:
         split, rows = open_images(run, name)
         data[name] = count_rows(split.table.take(rows))
-    card = render_model_card(
-        run.folder.name, describe_settings(run, predictor), data, [*evaluations.values()], run.manifest.dataset
-    )
+    described = (describe_settings(run, predictor), data, [*evaluations.values()], run.manifest.dataset)
+    card = render_model_card(run.folder.name, *described)
     sync_folder(run.folder)  # the card marks a finished run
     write_atomically(run.folder / "model-card.md", card.encode())
     return evaluations
 
 
-def choose_settings(start: Start, config: Config, source: Path) -> Config:
-    """The configuration of the run that adopts these weights: settings in their file take precedence over defaults.
-
-    Reports which labels are left out, and why. Raises SettingError if neither the file nor an option gives a setting.
-    """
-    if not (config.arch or start.arch):
-        raise SettingError(f"{start.path} does not say which network it is for: name it by `arch`")
-    known = tuple(label for label in config.labels if label in start.outputs)
-    if not known:
-        raise SettingError(
-            f"{start.path}: no output of {', '.join(config.labels)} is known: name them by `init_labels`"
-        )
-    if lacking := [label for label in config.labels if label not in known]:
-        say(f"{start.path}: no trained output for {', '.join(lacking)}: left out")
-    if not start.scale:
-        say(f"{start.path}: its gray scale is not known: images are scaled by the shards' mean and std")
-    return replace(config, labels=known, uncertain="ignore", adopted=str(source))  # ignore: there is no training
-
-
 def adopt_weights(config: Config, setup: Setup, folder: Path) -> None:
     """Write a run of the weights of `setup.init`, with its evaluations on dev and valid.
 
-    Raises DataError if the weights do not fit or were trained on dev or valid, or if the folder is another run's.
+    Settings in the weights' file take precedence over defaults; reports which labels are left out, and why. Raises
+    SettingError if neither the file nor an option gives a setting, and DataError if the weights do not fit or were
+    trained on dev or valid, or if the folder is another run's.
     """
     start = open_start(config, setup.init)
-    if start is None or setup.init is None:
+    if start is None:
         raise SettingError("adopt needs the weights of `init`: a file, a run, or published ones")
-    run = open_run(choose_settings(start, config, setup.init), setup, folder)
+    file, labels = start.path, [label for label in config.labels if label in start.outputs]
+    if not (config.arch or start.arch):
+        raise SettingError(f"{file} does not say which network it is for: name it by `arch`")
+    if not labels:
+        raise SettingError(f"{file}: no output of {', '.join(config.labels)} is known: name them by `init_labels`")
+    if lacking := [label for label in config.labels if label not in labels]:
+        say(f"{file}: no trained output for {', '.join(lacking)}: left out")
+    if not start.scale:
+        say(f"{file}: its gray scale is not known: images are scaled by the shards' mean and std")
+    # `ignore`, because there is no training.
+    config = replace(config, labels=tuple(labels), uncertain="ignore", adopted=str(setup.init))
+    run = open_run(config, setup, folder)
     outputs = name_outputs(run.config)
     torch.manual_seed(run.config.seed)  # for the unused outputs
     network = build_network(run.config.arch, len(outputs), run.config.shape)
-    say(f"{start.path}: {load_initial(network, start, outputs, run.config.labels)}")
+    say(f"{file}: {load_initial(network, start, outputs, run.config.labels)}")
     seen = list_seen(run, ["dev"])
     begin_run(folder, run.config)
     record_environment(run)
@@ -120,7 +102,15 @@ def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluatio
     config = replace(run.config, where=how.where or run.config.where, views=how.views or run.config.views)
     scored = replace(run, config=config)
     readers = {name: open_scores(path, calls=True) for name, path in name_files(how.readers).items()}
-    others = {folder: open_others(run, split, folder) for folder in how.against}
+    others = {}
+    for folder in how.against:
+        # First its scores of these shards; else of its own shards, which may have the same images.
+        names = (result_name(read_config(folder), run.shards.digest, split), split)
+        paths = [path for name in names if (path := folder / f"scores-{name}.arrow").exists()]
+        if not paths:
+            first = f"python -m train evaluate --run {folder} --split {split}"
+            raise DataError(f"`against` {folder}: no scores-{split}.arrow; first run: {first}")
+        others[folder] = open_scores(paths[0])
     if len(others) > 1 and config.fusion is None:
         raise DataError("`against` takes one run to compare with a run on images; a run on studies takes several")
     for folder in others:
@@ -128,9 +118,8 @@ def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluatio
     if split != "dev" or run.shards.digest != config.manifest:
         predictor.calibrate(run, how.sensitivity, how.study)  # before the split is scored
     result = predictor.score(scored, split)
-    table, calls, against = result.table, dict[str, Floats](), dict[str, Floats]()
-    for name, reader in readers.items():
-        calls[name] = reader.take(reader.align(table, say), config.labels)
+    table, against = result.table, dict[str, Floats]()
+    calls = {name: reader.take(reader.align(table, say), config.labels) for name, reader in readers.items()}
     for folder, scores in others.items():
         if config.fusion is None:
             against[str(folder)] = scores.take_all(table, config.labels)
@@ -144,10 +133,8 @@ def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluatio
         name: predictor.score(scored, split, partial(alter, level)).images.scores
         for name, alter in (ALTERATIONS if how.sanity else {}).items()
     }
-    beside = Beside(against, calls, result.members, altered)
-    evaluation = evaluate(run, predictor, result, how, beside)
-    *_, report = name_results(run, how)
-    write_report(scored, predictor, report, {split: evaluation}, {split: result.images})
+    evaluation = evaluate(run, predictor, result, how, Beside(against, calls, result.members, altered))
+    write_report(scored, predictor, name_results(run, how)[2], {split: evaluation}, {split: result.images})
     return evaluation
 
 
@@ -160,20 +147,29 @@ def evaluate(
 ) -> Evaluation:
     """Write a predictor's scores of a split, judge them, and write the evaluation into the run's folder.
 
-    Raises DataError if thresholds would have to be chosen on other shards than the run's.
+    On other shards than the run's, the results are compared with those on the run's own valid split; if there is no
+    comparison, the head's `own` gives the reason. Raises DataError if thresholds would have to be chosen on other
+    shards, or if the evaluation of valid is damaged.
     """
     config, scored, table = run.config, result.images, result.table
-    name, (scores_path, path, _) = how.split, name_results(run, how)
+    scores_path, path, _ = name_results(run, how)
     write_scores(scores_path, table, config.labels, scored.scores)
-    dev = scored if name == "dev" and not how.conditions else None
+    dev = scored if how.split == "dev" and not how.conditions else None
     calibration = predictor.calibrate(run, how.sensitivity, how.study, dev)
-    split = open_split(run, name)
+    split = open_split(run, how.split)
     edge = measure_edges(split, find_places(split, table), run.setup.workers)
-    evaluated = {"split": name, "unit": config.unit, "labels": list(config.labels)}
+    evaluated = {"split": how.split, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.conditions)} if how.conditions else {}
     evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside._replace(edge=edge))
     if run.shards.digest != config.manifest:
-        compare_with_own(run, scored, evaluation)
+        own, head = run.folder / "evaluation-valid.json", evaluation.head
+        head |= {"data": run.manifest.dataset.get("title", ""), "manifest": run.shards.digest, "own": ""}
+        if own.exists():
+            add_own(evaluation, scored, read_evaluation(own))
+        else:
+            first = f"python -m train evaluate --run {run.folder}"
+            head["own"] = f"{own} is missing, so there is no comparison with it; first run: {first}"
+            say(head["own"])
     write_atomically(path, evaluation.to_json())
     return evaluation
 
@@ -184,33 +180,9 @@ def name_results(run: Run, how: Assessment) -> tuple[Path, Path, Path]:
     if how.conditions:
         name += f"-{hashlib.sha256(' '.join(how.conditions).encode()).hexdigest()[:8]}"
     compared = f"{name}-against-{'-'.join(folder.name for folder in how.against)}"[:200] if how.against else name
-    evaluation, report = run.folder / f"evaluation-{compared}.json", run.folder / f"report-{compared}.html"
-    return run.folder / f"scores-{name}.arrow", evaluation, report
-
-
-def open_others(run: Run, split: str, folder: Path) -> Scores:
-    """Another run's scores of a split. If it has none, raises DataError with the command that writes them."""
-    # First its scores of these shards; else of the run's shards, which may have the same images.
-    for name in (result_name(read_config(folder), run.shards.digest, split), split):
-        if (path := folder / f"scores-{name}.arrow").exists():
-            return open_scores(path)
-    command = f"python -m train evaluate --run {folder} --split {split}"
-    raise DataError(f"`against` {folder}: no scores-{split}.arrow; first run: {command}")
-
-
-def compare_with_own(run: Run, scored: Scored, evaluation: Evaluation) -> None:
-    """Compare results on other shards with those on the run's own valid split.
-
-    If there is no comparison, the head's `own` gives the reason. Raises DataError if the run's evaluation is damaged.
-    """
-    path = run.folder / "evaluation-valid.json"
-    command, data = f"python -m train evaluate --run {run.folder}", run.manifest.dataset.get("title", "")
-    evaluation.head |= {"data": data, "manifest": run.shards.digest, "own": ""}
-    if not path.exists():
-        evaluation.head["own"] = f"{path} is missing, so there is no comparison with it; first run: {command}"
-        say(evaluation.head["own"])
-        return
-    add_own(evaluation, scored, read_evaluation(path))
+    files = (f"scores-{name}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html")
+    scores, evaluation, report = (run.folder / file for file in files)
+    return scores, evaluation, report
 
 
 def write_report(
@@ -231,18 +203,18 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def describe_settings(run: Run, predictor: Predictor) -> dict[str, object]:
     """A run's configuration; for an ensemble, the members and their configurations: all values if they differ."""
     chosen = {"where": run.config.where, "views": run.config.views}
-    configs = [asdict(config) | chosen for config in predictor.configs.values()]
-    settings = {
-        name: value if all(one[name] == value for one in configs) else "; ".join(str(one[name]) for one in configs)
-        for name, value in configs[0].items()
-    }
+    settings: dict[str, object] = {}
+    for name in vars(run.config):
+        values = [chosen.get(name, getattr(config, name)) for config in predictor.configs.values()]
+        same = all(value == values[0] for value in values)
+        settings[name] = values[0] if same else "; ".join(map(str, values))
     if run.config.adopted:
-        default = {one.name: one.default for one in fields(Config)} | {"uncertain": settings["uncertain"]}
+        default = {setting.name: setting.default for setting in fields(Config)} | {"uncertain": settings["uncertain"]}
         shown = ("labels", "views", "blank")  # others describe the weights only if they were set
         settings = {name: value for name, value in settings.items() if name in shown or value != default[name]}
     if settings["views"] == "all":  # views in the shards, which may have fewer
         settings["views"] = run.manifest.options["views"]
-    return settings | ({"members": list(map(str, predictor.configs))} if len(configs) > 1 else {})
+    return settings | ({"members": list(map(str, predictor.configs))} if len(predictor.configs) > 1 else {})
 
 
 def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
@@ -261,10 +233,9 @@ def choice_score(line: Mapping[str, Any], choose_by: str) -> float | None:
 def read_scored(run: Run, folder: Path, name: str) -> Scored:
     """The scores that a run has written of a split, with truth, for the samples of a run; NaN for samples without."""
     chosen = open_rows(run, name)
-    table, columns = chosen.split.table.take(chosen.rows), np.array(learned_columns(run.config))
-    cells = np.ix_(chosen.rows, columns)
-    written = open_scores(folder / f"scores-{name}.arrow")
+    table, written = chosen.split.table.take(chosen.rows), open_scores(folder / f"scores-{name}.arrow")
     scores = written.take(written.align(table, ignore), run.config.labels)
+    cells = np.ix_(chosen.rows, np.array([LABELS.index(label) for label in run.config.labels]))
     return Scored.of(scores, chosen.truth.target[cells], chosen.truth.mask[cells], table)
 
 

@@ -4,43 +4,27 @@ run = open_run(Config(lr=1e-3, epochs=3), Setup(shards=("shards",)), "runs/first
 train.train(run)
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from model.checkpoint import Start
 from model.predict import choose_precision, find_device
 from model.ranks import ALONE, Ranks
-from model.runs.config import (
-    TEACHER_SCORES,
-    Config,
-    Setup,
-    check_config,
-    learned_columns,
-    open_start,
-    parse_choice,
-    resolve_config,
-)
+from model.runs.config import TEACHER_SCORES, Config, Setup, check_config, open_start, parse_choice, resolve_config
+from pipeline import policies
 from pipeline.base.errors import DataError
 from pipeline.console import say, say_once
 from pipeline.labels import LABELS, MOST_VIEWS, label_states, split_patients
 from pipeline.manifest import Manifest
 from pipeline.measure.scores import read_scores
-from pipeline.policies import (
-    check_blank_policy,
-    describe_one_class,
-    evaluation_targets,
-    make_targets,
-    parse_uncertain_policy,
-)
 from pipeline.stream.batches import BatchStream, Labels, Unusable, stream_batches
 from pipeline.stream.dataset import Shards
 from pipeline.stream.plan import Rows, Samples, Step, Weights, balance_weights, find_strata, mix_weights
@@ -113,7 +97,7 @@ class Selected:
     @cached_property
     def truth(self) -> Labels:
         """Targets and masks of all rows of the split, for metrics."""
-        return Labels(*evaluation_targets(self.split.table, self.blank))
+        return Labels(*policies.evaluation_targets(self.split.table, self.blank))
 
 
 def holds_out(run: Run) -> bool:
@@ -127,23 +111,21 @@ def open_split(run: Run, name: str) -> OpenSplit:
 
 
 def open_images(run: Run, name: str) -> tuple[OpenSplit, Rows]:
-    """A split and the rows of the images that meet the run's conditions.
+    """A split and the rows of the images that meet the run's conditions; `limit` applies only to train.
 
-    A held-out dev is rows of train, under the name dev. Raises DataError; its subclass NothingSelectedError if no row
-    is left.
+    Raises DataError; its subclass NothingSelectedError if no row is left.
     """
     config, split = run.config, open_split(run, name)
     limit = config.limit if name == "train" else None
+    select = partial(select_rows, conditions=config.where, views=config.views, limit=limit)
     if name not in ("train", "dev") or not holds_out(run):
-        return split, select_rows(split.table, config.where, config.views, limit)
+        return split, select(split.table)
     patients = split.table.select(["patient"]).append_column("row", pa.array(np.arange(split.table.num_rows)))
-    parts = split_patients(patients, config.dev or 0.0, config.seed)
-    places: Rows = parts[name == "dev"]["row"].to_numpy()
+    places = split_patients(patients, config.dev or 0.0, config.seed)[name == "dev"]["row"].to_numpy()
     if len(places) == 0:
         less = "raise" if name == "dev" else "lower"
         raise DataError(f"{run.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it")
-    chosen = select_rows(split.table.take(places), config.where, config.views, limit)
-    return split, places[chosen]
+    return split, places[select(split.table.take(places))]
 
 
 def selected_splits(run: Run) -> list[str]:
@@ -157,12 +139,12 @@ def selected_splits(run: Run) -> list[str]:
 
 
 def open_rows(run: Run, name: str) -> Selected:
-    """A split and the samples that meet the run's conditions; `limit` applies only to train.
+    """A split and the samples that meet the run's conditions.
 
     Raises DataError if a run on studies finds different labels within a study.
     """
     split, rows = open_images(run, name)
-    blank = check_blank_policy(run.manifest.policies["blank"] or run.config.blank)
+    blank = policies.check_blank_policy(run.manifest.policies["blank"] or run.config.blank)
     bad = Unusable(int(run.config.max_bad * len(rows)))
     if run.config.fusion is None:
         return Selected(split, find_images(split, rows), blank, bad)
@@ -189,52 +171,45 @@ class Data(NamedTuple):
 
 
 def open_training(run: Run) -> Data:
-    """The training data in a run's shards. Raises DataError if it is too small, before anything is written."""
+    """The training data in a run's shards; reports which folders have no dev, and if valid has no image to score.
+
+    Raises DataError, before anything is written, if train is too small, dev cannot choose a checkpoint, or valid cannot
+    be read.
+    """
     config = run.config
     train, dev = open_rows(run, "train"), open_rows(run, "dev")
-    check_reported(run, dev)
-    steps = len(train.rows) // config.batch_size
-    if steps == 0:
-        most = len(train.rows) // 2 * 2
-        how = f"choose one of {most} or less" if most else "there must be 2 or more"
-        raise DataError(
-            f"{run.shards}: {len(train.rows)} train {config.units} are less than one batch of `batch_size` "
-            f"{config.batch_size}: {how}"
-        )
-    labels = training_labels(run, train)
-    return Data(train, dev, labels, training_weights(run, labels, train), steps)
-
-
-def check_reported(run: Run, dev: Selected) -> None:
-    """Before training, report which folders have no dev, and if no image of valid meets the conditions.
-
-    Raises DataError if dev cannot choose a checkpoint, or if valid cannot be read.
-    """
-    one_class = describe_one_class(dev.truth.target[dev.rows], dev.truth.mask[dev.rows]).keys()
-    chosen = parse_choice(run.config.choose_by)
-    if one_class >= {*run.config.labels} or not one_class.isdisjoint(chosen):
-        raise DataError(no_choice(run, [label for label in chosen if label in one_class]))
+    one_class = policies.describe_one_class(dev.truth.target[dev.rows], dev.truth.mask[dev.rows]).keys()
+    if one_class >= {*config.labels} or not one_class.isdisjoint(parse_choice(config.choose_by)):
+        raise DataError(no_choice(run, one_class))
     has_dev = {folder.name: "dev" in folder.manifest.splits for folder in run.shards.folders}
     if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
         others = ", ".join(name for name, has in has_dev.items() if has)
-        say(
-            f"{', '.join(lacking)}: no dev split, so checkpoint and thresholds are chosen on {others} alone; to choose "
-            "on all, write these shards with `dev`"
+        where = (
+            f"checkpoint and thresholds are chosen on {others} alone; to choose on all, write these shards with `dev`"
         )
+        say(f"{', '.join(lacking)}: no dev split, so {where}")
     if "valid" in run.manifest.splits:
         try:
             open_rows(run, "valid")
         except NothingSelectedError as error:
             say(f"valid: {error}: the report is without valid")
+    steps = len(train.rows) // config.batch_size
+    if steps == 0:
+        most = len(train.rows) // 2 * 2
+        less = f"{len(train.rows)} train {config.units} are less than one batch of `batch_size` {config.batch_size}"
+        how = f"choose one of {most} or less" if most else "there must be 2 or more"
+        raise DataError(f"{run.shards}: {less}: {how}")
+    labels = training_labels(run, train)
+    return Data(train, dev, labels, training_weights(run, labels, train), steps)
 
 
-def no_choice(run: Run, lacking: Sequence[str] = ()) -> str:
-    """The error if dev is insufficient: labels of `choose_by` lack a class there, or all labels do."""
-    if lacking:
-        what = "have" if len(lacking) > 1 else "has"
-        how = "raise `dev`, or choose by other labels"
-        return f"{run.shards}: `choose_by`: {', '.join(lacking)} {what} one class on dev; {how}"
-    return f"{run.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
+def no_choice(run: Run, one_class: Container[str]) -> str:
+    """The error if dev cannot choose a checkpoint: labels of `choose_by` have one class there, or all labels do."""
+    lacking = [label for label in parse_choice(run.config.choose_by) if label in one_class]
+    if not lacking:
+        return f"{run.shards}: no label of dev has both classes to choose a checkpoint by; raise `dev`"
+    have = f"{', '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} one class on dev"
+    return f"{run.shards}: `choose_by`: {have}; raise `dev`, or choose by other labels"
 
 
 def training_labels(run: Run, train: Selected) -> Labels:
@@ -242,61 +217,44 @@ def training_labels(run: Run, train: Selected) -> Labels:
 
     For these, raises DataError if the run is strict; also if a teacher is missing or unusable.
     """
-    config, table = run.config, train.split.table
-    policy = parse_uncertain_policy(config.uncertain)
-    wanted = [label for label in config.labels if policy[label] == "selftrained"]
-    scores = None if run.setup.teacher is None else teacher_scores(run.setup.teacher, train, wanted)
-    labels = Labels(*make_targets(table, policy, config.blank, config.seed, scores))
+    config, table, scores = run.config, train.split.table, None
+    policy = policies.parse_uncertain_policy(config.uncertain)
+    if run.setup.teacher is not None:
+        # Only of the uncertain cells to be learned: the teacher need not have scored any other image.
+        wanted = [label for label in config.labels if policy[label] == "selftrained"]
+        columns = [LABELS.index(label) for label in wanted]
+        rows = train.rows[(label_states(table)[0][train.rows][:, columns] == -1).any(axis=1)]
+        scores = np.zeros((table.num_rows, len(LABELS)), np.float32)
+        keys = table["key"].take(rows)
+        scores[np.ix_(rows, columns)] = read_scores(run.setup.teacher / TEACHER_SCORES, keys, wanted)
+    labels = Labels(*policies.make_targets(table, policy, config.blank, config.seed, scores))
     if run.manifest.not_annotated:
         say(f"not annotated in {run.shards}, so not learned: {', '.join(run.manifest.not_annotated)}")
-    one_class = describe_one_class(labels.target[train.rows], labels.mask[train.rows])
+    one_class = policies.describe_one_class(labels.target[train.rows], labels.mask[train.rows])
     lacking = [text for label, text in one_class.items() if label in config.labels]
     if lacking and run.setup.strict:
         raise DataError(f"`strict`: {'; '.join(lacking)}")
     for text in lacking:
         say(f"{text}: it cannot be learned")
-    labels.mask[:, np.setdiff1d(range(len(LABELS)), learned_columns(config))] = False
+    labels.mask[:, [label not in config.labels for label in LABELS]] = False
     return labels
 
 
-def teacher_scores(teacher: Path, train: Selected, labels: Sequence[str]) -> npt.NDArray[np.float32]:
-    """A teacher's scores [N, 14] of the labels' uncertain cells in the rows used; 0 in cells not used for training.
-
-    Raises DataError if one of these rows was not scored.
-    """
-    table = train.split.table
-    scores = np.zeros((table.num_rows, len(LABELS)), np.float32)
-    columns = np.array([LABELS.index(label) for label in labels], np.int64)
-    states, _ = label_states(table)
-    rows = train.rows[(states[train.rows][:, columns] == -1).any(axis=1)]
-    scores[np.ix_(rows, columns)] = read_scores(teacher / TEACHER_SCORES, table["key"].take(rows), labels)
-    return scores
-
-
 def training_weights(run: Run, labels: Labels, train: Selected) -> Weights | None:
-    """Sampling weights [N] of train's samples; None if each is used once per epoch.
+    """Sampling weights [S] of train's samples; None if each is used once per epoch.
 
-    Raises DataError if a label or a folder has nothing to sample.
+    With `balance`, a label's positives and negatives weigh the same, also within each combination of values of the
+    columns `balance_over`; reports how many samples are never used, because their combination has one class. Raises
+    DataError for an unknown column, or if a label or a folder has nothing to sample.
     """
-    config = run.config
-    if config.balance is not None:
-        return draw_weights(config.balance, config.balance_over, labels, train)
-    if not config.mix:
-        return None
-    try:
-        return mix_weights(train.split.folder[train.rows], config.mix)
-    except ValueError as error:
-        raise DataError(f"`mix`: {error} of {run.shards}, in train") from None
-
-
-def draw_weights(label: str, over: Sequence[str], labels: Labels, train: Selected) -> Weights:
-    """Weights [S] that sample a label's positives and negatives equally often.
-
-    Also within each combination of values of the columns `over`; reports how many samples are never used, because
-    their combination has one class. Raises DataError for an unknown column, or if nothing can be balanced.
-    """
-    rows, column = train.rows, LABELS.index(label)
-    options = f"`balance` {label}" + (f" `balance_over` {','.join(over)}" if over else "")
+    config, rows = run.config, train.rows
+    if config.balance is None:
+        try:
+            return mix_weights(train.split.folder[rows], config.mix) if config.mix else None
+        except ValueError as error:
+            raise DataError(f"`mix`: {error} of {run.shards}, in train") from None
+    column, over = LABELS.index(config.balance), config.balance_over
+    options = f"`balance` {config.balance}" + (f" `balance_over` {','.join(over)}" if over else "")
     try:
         strata = find_strata(train.split.table.take(rows), over) if over else None
         weights = balance_weights(labels.target[rows, column], labels.mask[rows, column], strata)

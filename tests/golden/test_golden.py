@@ -59,17 +59,17 @@ def test_a_run_has_the_same_configuration_and_first_step(
     originals: Path, tmp_path: Path, name: str, shards: str, changes: dict[str, Any]
 ) -> None:
     config = Config(arch="rescnn", image_size="32", batch_size=4, epochs=2, lr=1e-3, seed=5, amp="off", **changes)
-    job = open_run(config, Setup(shards=(str(originals / shards),), workers=1), tmp_path / "run")
-    begin_run(job.folder, job.config)
+    run = open_run(config, Setup(shards=(str(originals / shards),), workers=1), tmp_path / "run")
+    begin_run(run.folder, run.config)
     expected = GOLDEN["runs"][name]
-    assert read_config(job.folder) == job.config
-    written = json.loads((job.folder / "config.json").read_text())
-    assert written == expected["config"] | {"manifest": job.config.manifest}
+    assert read_config(run.folder) == run.config
+    written = json.loads((run.folder / "config.json").read_text())
+    assert written == expected["config"] | {"manifest": run.config.manifest}
     assert list(written) == list(expected["config"])
-    data = open_training(job)
-    state = train.start_state(job, data)
-    batch = next(iter(train.stream_epoch(job, data, 0)))
-    loss, norm = train.train_step(job, state, batch, batch.mask.sum()).tolist()
+    data = open_training(run)
+    state = train.start_state(run, data)
+    batch = next(iter(train.stream_epoch(run, data, 0)))
+    loss, norm = train.train_step(run, state, batch, batch.mask.sum()).tolist()
     # Between SSE4.1, AVX2 and AVX-512 the loss differs by 1e-5 of it and the gradient's norm by 2.5e-3: in the last
     # layers BatchNorm divides by the deviation of four values, which are nearly equal.
     assert loss == pytest.approx(expected["loss"], rel=1e-4)

@@ -212,12 +212,12 @@ def test_a_name_starts_a_run_with_its_network_size_and_scale(
     place = tmp_path / "hub/checkpoints" / row.file
     place.parent.mkdir(parents=True)
     shutil.copy(xrv / "published.pt", place)
-    job = open_run(Config(), Setup(shards=(str(sample_shards[0]),), init=Path(row.name)), tmp_path / "run")
-    assert job.start is not None
-    assert job.start.path == place
-    assert (job.config.arch, job.config.image_size) == ("densenet121", "224")
-    assert job.pixels == {"mean": 127.5, "std": 255 / 2048}
-    assert describe_start(asdict(job.config)) == row.terms
+    run = open_run(Config(), Setup(shards=(str(sample_shards[0]),), init=Path(row.name)), tmp_path / "run")
+    assert run.start is not None
+    assert run.start.path == place
+    assert (run.config.arch, run.config.image_size) == ("densenet121", "224")
+    assert run.pixels == {"mean": 127.5, "std": 255 / 2048}
+    assert describe_start(asdict(run.config)) == row.terms
     words = ("embed", row.name, "--shards", sample_shards[0], "--split", "valid", "--out", tmp_path / "valid.parquet")
     assert call_train(*words) == 0
     assert len(pq.read_table(tmp_path / "valid.parquet")["embedding"][0]) == 1024

@@ -1,7 +1,7 @@
 """Runs that tests start from, each trained once; tests get copies."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,7 @@ import pytest
 import train
 from model.runs.run import Run
 from tests.conftest import Shards
-from tests.training import WORDS, call_train, narrow_networks, open_small_job, quick_ends
-
-Make = Callable[..., Run]
-Command = Callable[..., int]
+from tests.training import WORDS, Command, MakeRun, call_train, narrow_networks, open_small_run, quick_ends
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,30 +19,30 @@ def quick_training() -> Iterator[None]:
 
 
 @pytest.fixture
-def make_job(sample_shards: Shards, tmp_path: Path) -> Make:
-    """A small job on the sample, in a folder of that name; keyword arguments change its configuration."""
+def make_run(sample_shards: Shards, tmp_path: Path) -> MakeRun:
+    """A small run on the sample, in a folder of that name; keyword arguments change its configuration."""
 
-    def make(run: str, *, shards: Path = sample_shards[0], **changes: object) -> Run:
-        return open_small_job(shards, tmp_path / run, **changes)  # type: ignore[arg-type]
+    def make(name: str, *, shards: Path = sample_shards[0], **changes: object) -> Run:
+        return open_small_run(shards, tmp_path / name, **changes)  # type: ignore[arg-type]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def whole(sample_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a small job that nothing interrupted. Read it, and change nothing."""
+def uninterrupted(sample_shards: Shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run that ended. Read it, and change nothing."""
     with narrow_networks(), quick_ends():
-        job = open_small_job(sample_shards[0], tmp_path_factory.mktemp("whole") / "run")
-        train.train(job)
-    return job.folder
+        run = open_small_run(sample_shards[0], tmp_path_factory.mktemp("uninterrupted") / "run")
+        train.train(run)
+    return run.folder
 
 
 @pytest.fixture
-def trained(whole: Path, make_job: Callable[..., Run]) -> Run:
-    """The job of such a run, in a folder of one's own."""
-    job = make_job("trained")
-    shutil.copytree(whole, job.folder, dirs_exist_ok=True)
-    return job
+def trained(uninterrupted: Path, make_run: MakeRun) -> Run:
+    """A copy of that run."""
+    run = make_run("trained")
+    shutil.copytree(uninterrupted, run.folder, dirs_exist_ok=True)
+    return run
 
 
 @pytest.fixture(scope="session")

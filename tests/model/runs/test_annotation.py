@@ -1,15 +1,12 @@
 """Training and evaluation on shards whose set does not annotate every label."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 import train
-from model.runs.run import Run
 from pipeline.base.errors import SettingError
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.labels import LABELS
@@ -18,7 +15,7 @@ from pipeline.measure.evaluation import read_evaluation
 from pipeline.sources.sets import find_source
 from pipeline.synthetic.sample import write_sample
 from tests.conftest import POLICIES, default_options
-from tests.training import call_train
+from tests.training import Capture, MakeRun, call_train
 
 
 @pytest.fixture
@@ -34,26 +31,24 @@ def shards(tmp_path: Path) -> Path:
 
 
 def test_what_nobody_looked_for_is_neither_learned_nor_measured(
-    shards: Path, make_job: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+    shards: Path, make_run: MakeRun, capsys: Capture
 ) -> None:
-    job = make_job("run", shards=shards, epochs=1, blank="zeros")
-    train.train(job)
-    said = capsys.readouterr().err
-    assert f"not annotated in {shards}, so not learned: Fracture\n" in said
-    assert "Fracture has" not in said
-    report = read_evaluation(job.folder / "evaluation-valid.json")
+    run = make_run("run", shards=shards, epochs=1, blank="zeros")
+    train.train(run)
+    stderr = capsys.readouterr().err
+    assert f"not annotated in {shards}, so not learned: Fracture\n" in stderr
+    assert "Fracture has" not in stderr
+    report = read_evaluation(run.folder / "evaluation-valid.json")
     assert report.head["not_annotated"] == ["Fracture"]
     assert "Fracture" not in report.labels
     assert "Fracture: not annotated by this data set, so not learned, and without scores." in describe_gaps(report)
-    assert "Fracture" not in json.loads((job.folder / "calibration.json").read_text())["image"]
-    scores = pa.ipc.open_file(job.folder / "scores-valid.arrow").read_all()
-    assert set(LABELS).difference(scores.column_names) == {"Fracture"}
+    assert "Fracture" not in json.loads((run.folder / "calibration.json").read_text())["image"]
+    assert set(LABELS).difference(pd.read_feather(run.folder / "scores-valid.arrow").columns) == {"Fracture"}
     (films,) = shards.parent.glob("CheXpert*/valid")
-    assert call_train("predict", "--run", job.folder, "--out", shards.parent / "scores.csv", films) == 0
-    header = pd.read_csv(shards.parent / "scores.csv").columns
-    assert set(LABELS).difference(header) == {"Fracture"}
+    assert call_train("predict", "--run", run.folder, "--out", shards.parent / "scores.csv", films) == 0
+    assert set(LABELS).difference(pd.read_csv(shards.parent / "scores.csv").columns) == {"Fracture"}
     with pytest.raises(SettingError, match=r"^`labels`: nobody annotated Fracture in .*; choose others$"):
-        make_job("none", shards=shards, labels=("Fracture",))
-    card = (job.folder / "model-card.md").read_text()
+        make_run("none", shards=shards, labels=("Fracture",))
+    card = (run.folder / "model-card.md").read_text()
     assert "synthetic images by `pipeline sample`. License: none needed: the images show no patient.\n" in card
     assert "\nStarted from: random weights.\n" in card

@@ -1,8 +1,6 @@
 """Embeddings as a table, and training with a frozen backbone."""
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -20,11 +18,10 @@ from model.checkpoint import load_checkpoint, save_checkpoint
 from model.networks import build_network
 from model.runs import embeddings
 from model.runs.embeddings import embed
-from model.runs.run import Run
-from pipeline import DataError, open_shards
+from pipeline import open_shards
 from pipeline.labels import LABELS
-from pipeline.manifest import Manifest
-from tests.training import call_train
+from tests.conftest import Shards, refused
+from tests.training import MakeRun, Patch, call_train
 
 
 def values_of(table: pa.Table) -> np.ndarray:
@@ -33,7 +30,7 @@ def values_of(table: pa.Table) -> np.ndarray:
 
 @torch.no_grad()
 def test_a_runs_embeddings_are_what_its_last_layer_takes(
-    one_epoch: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_epoch: Path, sample_shards: Shards, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     words = ("embed", one_epoch, "--shards", sample_shards[0], "--split", "valid", "--out")
     assert call_train(*words, tmp_path / "valid.arrow") == 0
@@ -59,18 +56,18 @@ def test_a_runs_embeddings_are_what_its_last_layer_takes(
 
 
 @torch.no_grad()
-def test_a_networks_embeddings_are_torchvisions(sample_shards: tuple[Path, Manifest], tmp_path: Path) -> None:
-    theirs = resnet18().eval()
-    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+def test_a_networks_embeddings_are_torchvisions(sample_shards: Shards, tmp_path: Path) -> None:
+    network = resnet18().eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
     words = ("embed", "resnet18", "--init", tmp_path / "weights.pth", "--image-size", 32, "--split", "dev")
     assert call_train(*words, "--shards", sample_shards[0], "--out", tmp_path / "dev.arrow") == 0
-    theirs.fc = torch.nn.Identity()
+    network.fc = torch.nn.Identity()
     shards = open_shards(sample_shards[0])
     (batch,) = shards["dev"].batches(len(shards["dev"].table), 32, epoch=None)
     pixels = shards.manifest.pixels
     inputs = (torch.from_numpy(batch.images).float() - pixels["mean"]) / pixels["std"]
-    found = values_of(feather.read_table(tmp_path / "dev.arrow"))
-    np.testing.assert_allclose(found, theirs(inputs.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
+    embeddings = values_of(feather.read_table(tmp_path / "dev.arrow"))
+    np.testing.assert_allclose(embeddings, network(inputs.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("equalize", [False, True])
@@ -83,28 +80,26 @@ def test_weights_of_a_run_take_images_as_it_did(run: Path, originals: Path, tmp_
     assert call_train("adopt", "--init", run / "best.pt", *shards, "--run", again, "--workers", 1) == 0
     for source in (run, again):
         assert call_train("embed", source, *shards, "--split", "valid", "--out", f"{source}.arrow") == 0
-    ours, theirs = (values_of(feather.read_table(f"{source}.arrow")) for source in (again, run))
-    np.testing.assert_array_equal(ours, theirs)
+    before, after = (values_of(feather.read_table(f"{source}.arrow")) for source in (run, again))
+    np.testing.assert_array_equal(before, after)
 
 
 def test_a_network_that_does_not_end_in_a_linear_layer_has_no_embeddings() -> None:
     network = build_network("rescnn", 14).eval()
     network.register_forward_hook(lambda _, __, logits: 2 * logits)
-    with pytest.raises(DataError, match=r"^embeddings are for networks that end in a linear layer$"):
+    with refused("embeddings are for networks that end in a linear layer"):
         embed(network, torch.rand(2, 1, 32, 32))
 
 
 @pytest.mark.parametrize("augment", ["none", pytest.param("robust", marks=pytest.mark.soak)])
-def test_only_the_last_layer_learns(
-    make_job: Callable[..., Run], one_epoch: Path, monkeypatch: pytest.MonkeyPatch, augment: str
-) -> None:
-    monkeypatch.setattr(train, "finish_run", lambda job: {})
-    job = make_job("run", init=one_epoch / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)
-    train.train(job)
-    before, after = (load_checkpoint(run / "best.pt")["weights"] for run in (one_epoch, job.folder))
+def test_only_the_last_layer_learns(make_run: MakeRun, one_epoch: Path, monkeypatch: Patch, augment: str) -> None:
+    monkeypatch.setattr(train, "finish_run", lambda run: {})
+    run = make_run("run", init=one_epoch / "best.pt", freeze=True, augment=augment, epochs=1, ema=0.0)
+    train.train(run)
+    before, after = (load_checkpoint(folder / "best.pt")["weights"] for folder in (one_epoch, run.folder))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"head.2.weight", "head.2.bias"}
-    optimizer = load_checkpoint(job.folder / "last.pt")["optimizer"]
+    optimizer = load_checkpoint(run.folder / "last.pt")["optimizer"]
     assert [tuple(state["exp_avg"].shape) for state in optimizer["state"].values()] == [(14, 32), (14,)]
 
 
@@ -118,5 +113,5 @@ def test_only_the_last_layer_learns(
 )
 def test_what_cannot_be_embedded_is_a_usage_error(one_epoch: Path, words: list[str], message: str) -> None:
     typed = [word.format(run=one_epoch) for word in words]
-    with pytest.raises(click.UsageError, match=f"^{re.escape(message.format(run=one_epoch))}$"):
+    with refused(message.format(run=one_epoch), click.UsageError):
         call_train("embed", "--out", "e.arrow", *typed)

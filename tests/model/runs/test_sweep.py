@@ -28,8 +28,7 @@ from pipeline import DataError
 from pipeline.labels import LABELS
 from pipeline.measure.evaluation import read_evaluation
 from tests.conftest import Capture, Round, refused
-from tests.model.runs.conftest import Command
-from tests.training import call_train, stop_after
+from tests.training import Command, call_train, stop_after
 
 LR, WD = (1e-4, 1e-3, 1e-2), (1e-5, 0.0)
 MANY = [round(1e-3 * step, 6) for step in range(1, 13)]
