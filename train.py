@@ -1,16 +1,12 @@
 """Train a network on shards. The commands, which `model/runs/commands.py` and `score_commands.py` define:
 
-    python -m train --shards shards --run runs/first --lr 1e-4        train, or resume
+    python -m train --shards shards --run runs/first --lr 1e-4        train, or resume exactly
     python -m train sweep --sweep runs/sweep --lr "1e-4 1e-3"         a run for each value
     python -m train evaluate --run runs/first --split valid           score its best checkpoint on a split
     python -m train predict --run runs/first --out scores.csv images  score image files
-    python -m train export --run runs/first --out model.onnx          for other programs (.onnx or .pt2)
-    python -m train embed runs/first --out train.parquet              embeddings of a split, for other models
 
-`torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches.
-
-docs/train.md lists the files of a run folder. To resume an interrupted run exactly, rerun the command: batches and
-augmentations are functions of (seed, epoch, step).
+`torchrun --nproc-per-node 8 -- train.py …` trains on 8 GPUs: every rank takes its slice of the same batches. These, and
+augmentations, are functions of (seed, epoch, step). docs/train.md lists the files of a run folder.
 """
 
 import importlib
@@ -40,7 +36,6 @@ import copy
 import json
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -51,14 +46,14 @@ from torch import Tensor, nn
 from model.augment import augment, normalize
 from model.losses import AUCMarginLoss, MaskedLoss, label_scores, positive_weights
 from model.names import AUGMENTATIONS
-from model.networks import begin_training, build_network, freeze, load_initial
+from model.networks import begin_training
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, explain_memory, measure_recent, network_inputs, to_device
 from model.ranks import Stopped
-from model.runs.config import describe_step, is_reported, name_choice, name_outputs, say_finished, three_class_columns
-from model.runs.folder import Log, TrainState, begin_run, describe_software, fuse, open_events, record_environment
+from model.runs.config import describe_step, is_reported, name_choice, say_finished, three_class_columns
+from model.runs.folder import Log, TrainState, begin_run, describe_software, open_events, record_environment
 from model.runs.overlap import Seen, list_seen
-from model.runs.predictor import forget_calibration, save_best, score_split
+from model.runs.predictor import forget_calibration, save_best, score_split, start_network
 from model.runs.results import choice_score, finish_run
 from model.runs.run import Data, Run, no_choice, open_training, read_batches
 from pipeline.base.errors import DataError
@@ -103,20 +98,10 @@ def start_state(run: Run, data: Data, seen: Seen = ()) -> TrainState:
     """The state before the first step: network, loss, average and optimizer."""
     config = run.config
     torch.manual_seed(config.seed)
-    outputs = name_outputs(config)
-    network = build_network(config.arch, len(outputs), config.shape, bool(config.pretrained))
-    if run.start is not None:
-        say(f"{run.start.path}: {load_initial(network, run.start, outputs)}")
-    if config.freeze:
-        freeze(network)
-    network = fuse(network, config).to(run.device).to(memory_format=torch.channels_last)
+    network = start_network(run).to(run.device).to(memory_format=torch.channels_last)
     target, mask = (torch.from_numpy(array[data.train.rows]) for array in data.labels)
-    loss: nn.Module
-    if config.loss == "aucm":
-        loss = AUCMarginLoss(target, mask)
-    else:
-        weights = positive_weights(target, mask) if config.pos_weight else None
-        loss = MaskedLoss(three_class_columns(config), weights)
+    weights = positive_weights(target, mask) if config.pos_weight else None
+    loss = AUCMarginLoss(target, mask) if config.loss == "aucm" else MaskedLoss(three_class_columns(config), weights)
     # From here on, all ranks have the first rank's weights. Evaluations use the average, which begins as a copy.
     forward = run.ranks.average_gradients(network, config.sync_bn)
     return TrainState(
@@ -175,8 +160,9 @@ def train_epochs(run: Run, state: TrainState, data: Data) -> None:
             say(f"{run.folder}: stopped and saved; the same command continues")
             raise
         if valid := evaluations.get("valid"):  # best.pt, once: not used for any choice
-            aurocs = {name: valid.get("auroc", name).value for name in valid.labels}
-            log_labels(log, "valid", aurocs, state.done)
+            for label in valid.labels:
+                if (auroc := valid.get("auroc", label).value) is not None:
+                    log(f"auroc_valid/{label}", auroc, state.done)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,10 +170,7 @@ def train_epochs(run: Run, state: TrainState, data: Data) -> None:
 
 
 def train_steps(run: Run, state: TrainState, data: Data, end: int, log: Log) -> None:
-    """Train up to step `end`, in the same epoch. Raises Stopped between steps.
-
-    Raises DivergedError, with the step, if a loss or gradient is not finite.
-    """
+    """Train up to step `end`, in the same epoch. Raises Stopped between steps, and DivergedError."""
     config, steps = run.config, data.steps
     epoch, first = divmod(state.done, steps)
     batches = stream_epoch(run, data, epoch)
@@ -268,10 +251,7 @@ def train_step(run: Run, state: TrainState, batch: Batch, cells: float) -> Tenso
 
 
 def training_inputs(run: Run, batch: Batch, first: int, samples: int) -> tuple[Tensor, ...]:
-    """The network's inputs for part of a batch, normalized and augmented, on the device.
-
-    `first` is the position of the part's first sample in the whole batch over all ranks, which has `samples` samples.
-    """
+    """Normalized, augmented inputs of part of a batch: its first sample is number `first` of `samples` on all ranks."""
     config, scale = run.config, (run.pixels["mean"], run.pixels["std"])
     by_study = config.fusion is not None
     images, *views = network_inputs(run.device, by_study, batch.images, batch.present, batch.projection)
@@ -304,10 +284,7 @@ def check_losses(run: Run, state: TrainState, steps: int) -> float:
 
 
 def save_state(run: Run, state: TrainState) -> None:
-    """Write last.pt, which is the same for all ranks, including the state of random generators.
-
-    Raises DivergedError if the last step, whose result no loss has checked yet, has ruined the weights.
-    """
+    """Write last.pt, the same for all ranks. Raises DivergedError if the last step has ruined the weights."""
     weights = torch.stack(torch._foreach_norm(list(state.network.parameters())))
     if not weights.isfinite().all():
         raise DivergedError(f"the weights are not finite after step {state.done:,}; try a lower `lr`")
@@ -350,20 +327,15 @@ def evaluate_state(run: Run, state: TrainState, data: Data, log: Log) -> str:
     log("dev/macro_auroc", macro, state.done)
     if chosen != "all":
         log("dev/choice_auroc", score, state.done)
-    log_labels(log, "dev", line["labels"], state.done)
+    for label, auroc in line["labels"].items():
+        if auroc is not None:
+            log(f"auroc_dev/{label}", auroc, state.done)
     name = name_choice(chosen)
     if chosen == "all" and line["macro10_auroc"] is None:
         name = MEANS["macro"]
         few = "no label has 10 patients of each class on dev, so the choice of checkpoint is arbitrary"
         say_once(f"{run.shards}: {few}; raise `dev`")
     return f"Epoch {epoch:g}: dev AUROC {score:.4f} ({name}){'  (best)' if is_best else ''}"
-
-
-def log_labels(log: Log, split: str, aurocs: Mapping[str, float | None], step: int) -> None:
-    """Log each label's AUROC, if defined."""
-    for label, auroc in aurocs.items():
-        if auroc is not None:
-            log(f"auroc_{split}/{label}", auroc, step)
 
 
 def is_out_of_patience(run: Run, state: TrainState) -> bool:

@@ -17,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import train
 from model.networks import build_network
-from model.runs import commands
+from model.runs import commands, predictor
 from model.runs.run import Run, open_training
 
 GRADIENTS = 3  # steps whose gradients are kept
@@ -60,7 +60,7 @@ def run_steps(run: Run) -> None:
     np.savez(out / f"{run.ranks.rank}.npz", rows=rows, losses=losses, gradients=gradients, weights=weights)
 
 
-with patch.object(train, "build_network", build_frozen), patch.object(commands, "print_run"):
+with patch.object(predictor, "build_network", build_frozen), patch.object(commands, "print_run"):
     code = commands.main.main(["train", *sys.argv[3:]], standalone_mode=False, obj=run_steps)
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 # One that is still giving back a tensor when Python exits would abort the process.

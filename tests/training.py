@@ -1,6 +1,5 @@
 """Small training runs in this process, for tests of what a run writes and of what follows it."""
 
-import json
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,25 +95,14 @@ def call_train(*words: object) -> int:
         return main.main([str(word) for word in words], standalone_mode=False, obj=train.train) or 0
 
 
-def open_small_run(
-    shards: Path | Sequence[Path],
-    folder: Path,
-    teacher: Path | None = None,
-    init: Path | None = None,
-    strict: bool = False,
-    **changes: Any,
-) -> Run:
-    """A small run that has begun; keyword arguments change its configuration."""
+def open_small_run(shards: Path | Sequence[Path], folder: Path, **changes: Any) -> Run:
+    """A small run that has begun; keyword arguments change its configuration, or are for its setup."""
     folders = [shards] if isinstance(shards, Path) else shards
-    setup = Setup(shards=tuple(map(str, folders)), teacher=teacher, init=init, strict=strict, workers=2)
+    inputs = {name: changes.pop(name) for name in ("teacher", "init", "strict") if name in changes}
+    setup = Setup(shards=tuple(map(str, folders)), workers=2, **inputs)
     run = open_run(Config(**SMALL | changes), setup, folder)
     begin_run(run.folder, run.config)
     return run
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def read_events(folder: Path) -> EventAccumulator:

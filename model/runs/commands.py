@@ -160,12 +160,12 @@ def embed_command(given: Embedding, setup: Setup, config: Config) -> None:
         arch = "" if setup.init == folder else check_arch(given.source)
         config = replace(config, arch=arch, amp="off", uncertain="ignore", blank="ignore")
     setup = setup.checked(*([folder] if is_run else []))
-    from model.runs.embeddings import embed_split, start_network, write_embeddings
+    from model.runs.explain import embed_split, open_network, write_embeddings
     from model.runs.predictor import load_network
     from model.runs.run import Run, open_run
 
     run = Run(read_config(folder), setup.open(), folder, setup) if is_run else open_run(config, setup, folder)
-    network = load_network(folder, run.config) if is_run else start_network(run)
+    network = load_network(folder, run.config) if is_run else open_network(run)
     table = embed_split(run, given.split, network)
     write_embeddings(out, table)
     echo(f"{out}: {count_of(len(table), 'image')}, {table['embedding'].type.list_size} features each")

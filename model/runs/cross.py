@@ -1,18 +1,16 @@
 """Train on each set of shards, on all but one, and on all; score every run on every set.
 
-A network trained and tested at one hospital may have learned features of that hospital. The matrix shows this: rows are
-the training sets, columns the test sets. All AUROCs in a column use the same images and labels, so `less` compares each
-run with the set's own run by paired intervals.
+A network trained and tested at one hospital may have learned features of that hospital. The matrix, of training sets by
+test sets, shows this. All AUROCs in a column are of the same images and labels, so their differences are paired.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from model.runs.config import is_reported, read_config
 from model.runs.overlap import check_seen, list_seen, read_seen
@@ -27,9 +25,6 @@ from pipeline.labels import LABELS
 from pipeline.measure.delong import Areas, combine, measure_areas, subtract, weigh_labels
 from pipeline.measure.metrics import Figure, count_classes
 from pipeline.stream.dataset import Shards
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Make = Callable[[Sequence[str], Path], Run]  # shards and folder → the run
 SCORED = ("valid", "test", "dev")  # a set's first available split of these is scored
@@ -59,8 +54,7 @@ def train_runs(
 ) -> dict[str, Run]:
     """Train every run that is not finished; returns the runs by name, those of `others` first.
 
-    Raises DataError if two folders have the same name, if `others` were trained on scored images or take other samples,
-    and as `list_labels` does.
+    Raises DataError for two folders of one name, `others` that saw scored images or take other samples, and no labels.
     """
     if len({Path(folder).name for folder in shards}) < len(shards):
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
@@ -94,10 +88,7 @@ def choose_split(collection: Shards) -> str:
 
 
 def list_labels(runs: Mapping[str, Run]) -> list[str]:
-    """The labels of all runs that have 10 patients of each class in every set.
-
-    Raises DataError if there is none, or if a set has no split to score.
-    """
+    """The labels of all runs with 10 patients of each class in every set. Raises DataError if there are none."""
     labels = set(LABELS)
     for run in runs.values():
         labels &= set(run.config.labels)
@@ -148,42 +139,40 @@ def tabulate_cross(matrix: Matrix, label: str) -> Table:
     columns = [(f"scored on {head}", name) for head in heads for name in ("AUROC [95 %]", "less its own")]
     rows = []
     for run in matrix.runs:
-        row = [run]
+        rows.append(row := [run])
         for name in matrix.sets:
             auroc, less = (matrix.cells[name][run][label][part] for part in ("auroc", "less"))
-            below = " ✗" if auroc["high"] < 0.5 else ""
-            row += [f"{show_figure(auroc['value'])}{below} {show_limits(auroc)}"]
-            row += ["" if run == name else f"{less['value']:+z.3f} {show_limits(less)}"]
-        rows.append(row)
+            row.append(f"{show_figure(auroc['value'])}{' ✗' if auroc['high'] < 0.5 else ''} {show_limits(auroc)}")
+            row.append("" if run == name else f"{less['value']:+z.3f} {show_limits(less)}")
     return Table(title, ("trained on", *columns), rows)
-
-
-def draw_matrix(axes: "Axes", matrix: Matrix, names: Sequence[str]) -> None:
-    """The mean AUROC of each run (row) on each set (column), as colored cells with their numbers."""
-    rows = [[matrix.cells[name][run][MACRO]["auroc"]["value"] for name in matrix.sets] for run in matrix.runs]
-    cells = np.array(rows, float)
-    edges = (np.arange(length + 1) - 0.5 for length in reversed(cells.shape))
-    low, high = float(cells.min()), float(cells.max())
-    axes.pcolormesh(*edges, cells, cmap="cividis", vmin=low, vmax=max(high, low + 1e-3))
-    for (row, column), value in np.ndenumerate(cells):
-        # On cividis; SVG takes black for the page's ink.
-        color = "#111111" if value > (low + high) / 2 else "white"
-        axes.text(column, row, f"{value:.3f}", color=color, ha="center", va="center")
-    axes.invert_yaxis()
-    axes.set_xticks(range(len(matrix.sets)), list(matrix.sets))
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="scored on", ylabel="trained on")
 
 
 def write_cross(out: Path, matrix: Matrix, run: Run) -> None:
     """Write cross.json and cross.html, with the settings of a run."""
     write_json(out / "cross.json", asdict(matrix))
-    tables = {label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)}
     names = [Path(name).name[-40:] for name in matrix.runs]
+    rows = [[matrix.cells[name][key][MACRO]["auroc"]["value"] for name in matrix.sets] for key in matrix.runs]
+    cells = np.array(rows, float)
+    low, high = float(cells.min()), float(cells.max())
+
+    def draw(axes: Axes) -> None:
+        edges = (np.arange(length + 1) - 0.5 for length in reversed(cells.shape))
+        axes.pcolormesh(*edges, cells, cmap="cividis", vmin=low, vmax=max(high, low + 1e-3))
+        for (row, column), value in np.ndenumerate(cells):
+            # On cividis; SVG takes black for the page's ink.
+            color = "#111111" if value > (low + high) / 2 else "white"
+            axes.text(column, row, f"{value:.3f}", color=color, ha="center", va="center")
+        axes.invert_yaxis()
+        axes.set_xticks(range(len(matrix.sets)), list(matrix.sets))
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="scored on", ylabel="trained on")
+
     size = (2 + 0.07 * max(map(len, names)) + 1.2 * len(matrix.sets), 1 + 0.4 * len(names))
-    draw = partial(draw_matrix, matrix=matrix, names=names)
-    figure = draw_svg(draw, "AUROC by training and test set", size, fitted=True)
     page = open_templates("model.runs").get_template("cross.html")
-    settings = {run.folder.name: define_settings(asdict(run.config))}
-    text = page.render(title=f"Across sets: {out.name}", tables=tables, figure=figure, settings=settings)
+    text = page.render(
+        title=f"Across sets: {out.name}",
+        tables={label: tabulate_cross(matrix, label) for label in (MACRO, *matrix.labels)},
+        figure=draw_svg(draw, "AUROC by training and test set", size, fitted=True),
+        settings={run.folder.name: define_settings(asdict(run.config))},
+    )
     write_atomically(out / "cross.html", text.encode())

@@ -103,10 +103,7 @@ class TrainState:
 
 
 def fuse(network: nn.Module, config: Config) -> nn.Module:
-    """A run's network, from a network for images; a run on images uses it unchanged.
-
-    If the run is or was `robust`, the network always equalizes its input images first.
-    """
+    """A run's network, from a network for images; equalizes its input first if the run is or was `robust`."""
     if config.equalize:
         network.register_forward_pre_hook(lambda _, inputs: (equalize(inputs[0]), *inputs[1:]))
     return network if config.fusion is None else StudyNetwork(network, config.fusion, config.freeze)
@@ -176,8 +173,7 @@ def record_environment(run: Run) -> None:
 def send_curves(run: Run, stack: ExitStack) -> Log:
     """Until the stack ends, mirror TensorBoard's events to Weights & Biases; returns what sends a value to MLflow.
 
-    Each only if the setup asks for it. In both, a resumed run keeps its identity. Raises DataError if a package is
-    missing.
+    Each if the setup asks for it; a resumed run keeps its identity there. Raises DataError if a package is missing.
     """
     folder, setup, terms = run.folder, run.setup, find_restriction(run.manifest.dataset)
     for name in ("wandb", "mlflow"):
@@ -205,10 +201,7 @@ def send_curves(run: Run, stack: ExitStack) -> Log:
 
 @contextmanager
 def open_events(run: Run, done: int) -> Iterator[Log]:
-    """A function that adds a value to a curve in TensorBoard's events; drops the events after step `done`.
-
-    Raises DataError, with the folder, if they cannot be written.
-    """
+    """A function that adds a value to TensorBoard's curves, without events after step `done`. Raises DataError."""
     if not run.ranks.is_first:
         yield lambda name, value, step: None
         return

@@ -1,13 +1,12 @@
 """The images and patients that weights were trained on, to detect them in the data they score.
 
-best.pt has an entry for each of the run's train and dev, which runs inherit if they start from it (`init`) or learn
-from its scores (`teacher`):
+best.pt has an entry for each of the run's train and dev, which runs inherit by `init` and `teacher`:
     run       str    weights file that was trained on the entry; empty: these weights
     split     str    train; dev, which chose checkpoint and thresholds; unknown, if the weights file does not state it
     images    int64 [N]  CRC-32 and length of each image, as stored in the shards
     patients  int64 [P]  first 8 bytes of sha256(`namespace/id`)
     sets      list[str]  namespaces of the sets that published weights were trained on, if only these are known
-The hash keeps IDs out of the file, but does not anonymize: anyone with the file can try all patient IDs.
+The hash keeps IDs out of the file, but does not anonymize: anyone can try all patient IDs.
 """
 
 import hashlib
@@ -47,10 +46,7 @@ def list_seen(run: Run, splits: Sequence[str]) -> Seen:
 
 
 def identify(run: Run, name: str) -> tuple[Ints, Ints]:
-    """Of each image of a split that a run uses: CRC and length as one number [N], and the patient's hash [N].
-
-    Signed, because torch cannot save unsigned numbers.
-    """
+    """Each image's CRC and length as one number, and its patient's hash: int64 [N], as torch saves no uint64."""
     split, rows = open_images(run, name)
     table = split.table.take(rows)
     names = name_patients(table["patient"], run.shards.namespace).dictionary_encode()
@@ -83,28 +79,28 @@ def check_seen(
     images, patients = identify(run, name)
     shared_images, shared_patients = (np.zeros(len(images), np.bool_) for _ in range(2))
     namespaces = {folder.patients for folder in shards.folders}
-    tell = say_once if run.ranks.is_first else (lambda _: None)
     for entry in seen:
         if name == entry["split"] == "dev":
             continue
         folder = entry["run"] or run.folder
         if entry["split"] == UNKNOWN:
-            tell(f"{folder}: what it was trained on is not known: if on images of {name}, figures are too good")
+            say_once(f"{folder}: what it was trained on is not known: if on images of {name}, figures are too good")
         if sets := sorted(namespaces & {*entry["sets"]}):
             text = f"{shards}, {name}: {folder} was trained on images of {', '.join(sets)}"
             if not (run.setup.shared_images or at_home):
                 raise DataError(f"{text}; {remedy}")
-            tell(f"{text}: if on these, figures are too good")
+            say_once(f"{text}: if on these, figures are too good")
         again, known = np.isin(images, entry["images"].numpy()), np.isin(patients, entry["patients"].numpy())
-        shared_images, shared_patients = shared_images | again, shared_patients | known
+        shared_images |= again
+        shared_patients |= known
         if count := int(again.sum()):
             text = f"{shards}, {name}: {folder} trained on {count:,} of these {len(images):,} images"
             if not (run.setup.shared_images or (at_home and not entry["run"])):
                 raise DataError(f"{text}; {remedy}")
-            tell(f"{text}: its scores of them are too good")
+            say_once(f"{text}: its scores of them are too good")
         if count := len(np.unique(patients[known])):
             names = f"{count:,} patient names are among those that {folder} trained on"
-            tell(f"{shards}, {name}: {names}: if they are the same people, figures are too good")
+            say_once(f"{shards}, {name}: {names}: if they are the same people, figures are too good")
     if any(entry["split"] == UNKNOWN or not namespaces.isdisjoint(entry["sets"]) for entry in seen):
         return {}
     return {"shared_patients": len(np.unique(patients[shared_patients])), "shared_images": int(shared_images.sum())}

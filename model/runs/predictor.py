@@ -5,9 +5,8 @@ predictor.score(run, "valid").images.scores                        # [N, L] of a
 predictor.score_files([[Path("image.png")]], workers=4)            # [1, L] of files, and the unreadable ones
 predictor.decide("youden")                                         # calibration and thresholds
 
-An ensemble's score is the mean of its members' calibrated scores. Its folder resembles a run's: ensemble.json lists the
-members with the sha256 of their evaluated weights; calibration.json, evaluation-*.json, scores-*.arrow and
-report-*.html are as in a run's folder.
+An ensemble's score is the mean of its members' calibrated scores. Its folder has what a run's has of an evaluation, and
+ensemble.json, which lists the members with the sha256 of their evaluated weights.
 """
 
 import math
@@ -21,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from model.checkpoint import load_checkpoint, refused, save_checkpoint
-from model.networks import build_network
+from model.networks import build_network, freeze, load_initial
 from model.predict import choose_precision, find_device, network_inputs, predict_scores
 from model.ranks import ALONE, Ranks, requested
 from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
@@ -38,38 +36,38 @@ from model.runs.views import read_view
 from pipeline.base.errors import DataError
 from pipeline.base.files import hash_file, read_object, sync_folder, write_json
 from pipeline.console import progress_bar, say
-from pipeline.images import ImageOptions
+from pipeline.images import Gray, ImageOptions
 from pipeline.labels import LABELS
 from pipeline.measure.calibration import RULES, Calibration, apply_calibration, apply_calibrations
 from pipeline.measure.evaluate import Scored, calibrate, study_level
 from pipeline.measure.metrics import Floats
 from pipeline.stream.batches import choose_usable
 from pipeline.stream.plan import Samples, plan_evaluation
+from pipeline.stream.samples import OpenSplit
 
 EVALUATION_BATCH = 64  # images
-Alteration = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]  # of images [N, 1, H, W]
+Alteration = Callable[[Gray], Gray]  # of images [N, 1, H, W]
+Calibrations = Mapping[str, Calibration] | None  # by label
+Files = Sequence[Sequence[Path]]  # of each sample
 Unreadable = list[tuple[Path, str]]  # files, with the reason
 # Settings that members must share, and their options: otherwise their scores are not comparable.
-SAME = {"unit": "fusion", "manifest": "shards", "dev": "dev", "labels": "labels", "blank": "blank"}
-SAME |= {"where": "where", "views": "views"}
+SAME = {"unit": "fusion", "manifest": "shards"} | {name: name for name in ("dev", "labels", "blank", "where", "views")}
 
 
 class Result(NamedTuple):
-    """Scores of a split, the rows of its table, and its overlap with the training data.
+    """Scores of a split."""
 
-    `members` maps the folders of an ensemble's members to their calibrated scores [N, L].
-    """
-
+    split: OpenSplit
     images: Scored
-    table: pa.Table
-    shared: Mapping[str, int]
-    members: Mapping[str, Floats]
+    table: pa.Table  # the rows of its table
+    shared: Mapping[str, int]  # overlap with the training data, by `check_seen`
+    members: Mapping[str, Floats]  # calibrated scores [N, L] by an ensemble's members' folders
 
 
 class Decision(NamedTuple):
-    """How scores are used: `calibration` by label, and thresholds `limits` [L] of raw scores (nan: undecided)."""
+    """How scores are used: calibration, and thresholds `limits` [L] of raw scores (nan: undecided)."""
 
-    calibration: Mapping[str, Calibration] | None
+    calibration: Calibrations
     limits: list[float]  # [] without a rule
     rule: str
     combine: str = "max"  # how a study's score is computed from its views
@@ -92,7 +90,7 @@ class Network(NamedTuple):
     images: ImageOptions  # how the shards' images were prepared
     seen: Seen
     dataset: Mapping[str, str]
-    calibration: Mapping[str, Calibration] | None
+    calibration: Calibrations = None
 
     def calibrate(self, scores: Floats) -> Floats:
         """The scores [N, L] to average in an ensemble; unchanged without a calibration."""
@@ -116,11 +114,10 @@ class Predictor:
     @cached_property
     def members(self) -> list[Network]:
         """The networks with their best weights. Raises CheckpointError, and DataError if a calibration is missing."""
-        networks = []
-        for folder, config in self.configs.items():
-            # An ensemble averages calibrated scores.
-            fits = read_calibration(folder, config.labels)["image"] if len(self.configs) > 1 else None
-            networks.append(load_network(folder, config, fits, self.ranks))
+        networks = [load_network(folder, config, self.ranks) for folder, config in self.configs.items()]
+        if len(networks) > 1:  # an ensemble averages calibrated scores
+            fits = [read_calibration(folder, config)["image"] for folder, config in self.configs.items()]
+            networks = [member._replace(calibration=fit) for member, fit in zip(networks, fits, strict=True)]
         return networks
 
     def score(self, run: Run, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
@@ -136,22 +133,20 @@ class Predictor:
             chosen = open_rows(own, name)
             if len(chosen.rows) > most:
                 thinned = chosen.samples.rows[:: math.ceil(len(chosen.rows) / most)]
-                chosen = replace(chosen, samples=Samples(thinned, []))  # whose table order needs no sizes of shards
+                chosen = chosen._replace(samples=Samples(thinned, []))  # whose table order needs no sizes of shards
             images, table = score_split(own, member.network, chosen, member.pixels, alter)
             scores[str(member.folder)] = member.calibrate(images.scores)
         mean = np.mean(list(scores.values()), axis=0)
         known = [key for key in counts[0] if all(key in count for count in counts)]
         shared = {key: max(count[key] for count in counts) for key in known}
-        return Result(images._replace(scores=mean), table, shared, scores if len(scores) > 1 else {})
+        members = scores if len(scores) > 1 else {}
+        return Result(chosen.split, images._replace(scores=mean), table, shared, members)
 
-    def score_files(
-        self, samples: Sequence[Sequence[Path]], workers: int, combine: str = "max"
-    ) -> tuple[Floats, Unreadable]:
+    def score_files(self, samples: Files, workers: int, combine: str = "max") -> tuple[Floats, Unreadable]:
         """Scores [N, L] of samples, each the image files of a study or a single file; and unusable files.
 
         A run on images scores each image, and `combine` computes a study's score. NaN if none of a sample's files can
-        be read. Images are resized, encoded and decoded as they would be in shards. Reports how many of them the
-        weights were trained on.
+        be read. Images are prepared as in shards. Reports how many of them the weights were trained on.
         """
         by_image = self.config.fusion is None
         scored = [[file] for file in chain(*samples)] if by_image else samples
@@ -165,10 +160,7 @@ class Predictor:
         return scores, parts[0][2]
 
     def decide(self, threshold: str, level: str = "image") -> Decision:
-        """The calibration of scores at a level, and their thresholds by a rule.
-
-        Reports labels without scores, because they were not learned. Raises DataError if there is no calibration.
-        """
+        """The calibration of scores at a level, and their thresholds by a rule. Raises DataError if there is none."""
         if lacking := [label for label in LABELS if label not in self.config.labels]:
             say(f"{self.name}: no scores of {', '.join(lacking)}: not learned")
         if self.folder is None:
@@ -178,28 +170,22 @@ class Predictor:
                 command = f"python -m train evaluate {runs} --out FOLDER"
                 raise DataError(f"`{option}` needs an ensemble's folder; first run: {command}; then `run` FOLDER")
             return Decision(None, [], threshold)
-        document = read_calibration(self.folder, self.config.labels, level)
-        chosen, combine, rule = document[level], document["combine"], threshold
-        if rule == "none":
-            return Decision(chosen, [], rule, combine)
-        limits = {label: chosen[label]["thresholds"][rule] for label in self.config.labels}
+        document = read_calibration(self.folder, self.config, level)
+        labels = self.config.labels if threshold != "none" else ()
+        limits = {label: document[level][label]["thresholds"][threshold] for label in labels}
         if without := [label for label, limit in limits.items() if limit is None]:
             say(f"{self.folder}: no decisions on {', '.join(without)}: one class in dev")
-        if rule == "sensitivity":
-            rule += f">={document['sensitivity']:g}"
-        return Decision(chosen, [np.nan if limit is None else limit for limit in limits.values()], rule, combine)
+        values = [np.nan if limit is None else limit for limit in limits.values()]
+        rule = threshold + (f">={document['sensitivity']:g}" if threshold == "sensitivity" else "")
+        return Decision(document[level], values, rule, document["combine"])
 
     def calibrate(
         self, run: Run, sensitivity: float = 0.9, combine: str = "max", dev: Scored | None = None
     ) -> dict[str, Any]:
-        """The calibration for these settings, computed on dev if missing; `dev` are the scores, if known.
-
-        Raises DataError if thresholds would have to be chosen on other shards than the run's.
-        """
+        """The calibration, computed on `dev` if it is missing. Raises DataError on other shards than the run's."""
         path = run.folder / "calibration.json"
-        chosen = {"sensitivity": sensitivity, "combine": combine}
         calibration = read_object(path) if path.exists() else {}
-        if chosen.items() <= calibration.items():
+        if {"sensitivity": sensitivity, "combine": combine}.items() <= calibration.items():
             return calibration
         if run.shards.digest != run.config.manifest:  # their dev may have patients of the run's train
             first = f"python -m train evaluate --run {run.folder} --sensitivity {sensitivity} --study {combine}"
@@ -234,9 +220,9 @@ def open_predictor(runs: Sequence[Path]) -> Predictor:
     same = SAME if config.dev is None else SAME | {"seed": "seed"}
     for member, other in configs.items():
         for field, option in same.items():
-            value, other_value = getattr(config, field), getattr(other, field)
-            if value != other_value:
-                raise DataError(f"{first} and {member} make no ensemble: `{option}` is {value} and {other_value}")
+            values = getattr(config, field), getattr(other, field)
+            if values[0] != values[1]:
+                raise DataError(f"{first} and {member} make no ensemble: `{option}` is {values[0]} and {values[1]}")
     return Predictor(" + ".join(map(str, configs)) if folder is None else str(folder), folder, configs)
 
 
@@ -272,14 +258,14 @@ def forget_calibration(folder: Path) -> None:
         sync_folder(folder)
 
 
-def read_calibration(folder: Path, labels: Sequence[str], level: str = "image") -> dict[str, Any]:
+def read_calibration(folder: Path, config: Config, level: str = "image") -> dict[str, Any]:
     """A run's calibration, checked at a level. Raises DataError; if it is missing, with the command that makes it."""
     path = folder / "calibration.json"
     if not path.exists():
         raise DataError(f"{folder}: no {path.name}; first run: python -m train evaluate --run {folder}")
     document = read_object(path)
     try:
-        for fit in (document[level][label] for label in labels):
+        for fit in (document[level][label] for label in config.labels):
             apply_calibration(np.zeros(1), fit)
             [fit["thresholds"][rule] for rule in RULES] + [f"{document['sensitivity']:g}", document["combine"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -300,9 +286,16 @@ def save_best(run: Run, seen: Seen, weights: Mapping[str, Tensor], epoch: float,
     save_checkpoint(run.folder / "best.pt", {"weights": dict(weights), **about})
 
 
-def load_network(
-    folder: Path, config: Config, calibration: Mapping[str, Calibration] | None = None, ranks: Ranks = ALONE
-) -> Network:
+def start_network(run: Run, needed: Sequence[str] = ()) -> nn.Module:
+    """The network that a run starts from. Raises CheckpointError if weights do not fit or lack a `needed` output."""
+    config, outputs = run.config, name_outputs(run.config)
+    network = build_network(config.arch, len(outputs), config.shape, bool(config.pretrained))
+    if run.start is not None:
+        say(f"{run.start.path}: {load_initial(network, run.start, outputs, needed)}")
+    return fuse(freeze(network) if config.freeze else network, config)
+
+
+def load_network(folder: Path, config: Config, ranks: Ranks = ALONE) -> Network:
     """The network of a run, on the GPU if there is one. Raises CheckpointError."""
     best = load_checkpoint(folder / "best.pt", ranks)
     network = fuse(build_network(config.arch, len(name_outputs(config)), config.shape), config)
@@ -311,7 +304,7 @@ def load_network(
         pixels = {name: float(best["pixels"][name]) for name in ("mean", "std")}
         if not pixels["std"] > 0:
             raise ValueError("pixels")
-        about = (pixels, ImageOptions(**best["images"]), best["seen"], best["dataset"], calibration)
+        about = (pixels, ImageOptions(**best["images"]), best["seen"], best["dataset"])
     network = network.to(find_device()).to(memory_format=torch.channels_last)
     return Network(folder, config, network, *about)
 
@@ -322,8 +315,7 @@ def score_split(
     """A network's scores of the chosen rows, with targets and masks that exclude uncertain cells; and the table rows.
 
     Excludes unusable images, up to --max-bad. For a run on studies, the rows are those of the studies' first images.
-    Each rank scores its share of the rows and gets all scores. `alter` changes the images of each batch.
-    Raises Stopped.
+    Each rank scores its share of the rows and gets all scores. `alter` changes the images first. Raises Stopped.
     """
     config, split, rows, ranks = run.config, chosen.split, chosen.rows, run.ranks
     columns, scale, done = learned_columns(config), (pixels["mean"], pixels["std"]), 0
@@ -349,7 +341,7 @@ def score_split(
     return Scored.of(scores[usable], target, mask, facts), facts
 
 
-def _score_files(member: Network, samples: Sequence[Sequence[Path]], workers: int) -> tuple[Floats, Unreadable]:
+def _score_files(member: Network, samples: Files, workers: int) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, for one network."""
     config, device, scale = member.config, find_device(), (member.pixels["mean"], member.pixels["std"])
     columns, precision = learned_columns(config), choose_precision(config.amp)

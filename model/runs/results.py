@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.networks import build_network, load_initial
-from model.runs.config import Assessment, Config, Setup, name_outputs, open_start, parse_choice, read_config
-from model.runs.folder import begin_run, fuse, record_environment, result_name
+from model.runs.config import Assessment, Config, Setup, open_start, parse_choice, read_config
+from model.runs.folder import begin_run, record_environment, result_name
 from model.runs.overlap import check_seen, list_seen, read_seen
-from model.runs.predictor import Predictor, Result, forget_calibration, of_run, save_best, score_as
+from model.runs.predictor import Predictor, Result, forget_calibration, of_run, save_best, score_as, start_network
 from model.runs.report import render_model_card, render_report
-from model.runs.run import Run, open_images, open_rows, open_run, open_split, selected_splits
+from model.runs.run import Run, open_images, open_rows, open_run, selected_splits
 from pipeline.base.errors import DataError, SettingError
 from pipeline.base.files import parse_object, sync_folder, write_atomically
 from pipeline.base.store import read_bytes
@@ -36,10 +35,7 @@ TRAIN_SAMPLES = 2000  # number of train samples that a sweep scores
 
 
 def finish_run(run: Run) -> dict[str, Evaluation]:
-    """Choose thresholds on dev, evaluate best.pt on dev and valid, and write report.html and model-card.md.
-
-    Returns the evaluations, by split, on the first rank.
-    """
+    """Choose thresholds on dev, evaluate best.pt, and write report and card; returns the first rank's evaluations."""
     splits, predictor = selected_splits(run), of_run(run)
     names: list[str] = [name for name in ("dev", "valid") if name in splits]
     results = {name: predictor.score(run, name) for name in names}
@@ -47,8 +43,7 @@ def finish_run(run: Run) -> dict[str, Evaluation]:
         return {}
     forget_calibration(run.folder)  # from an earlier best.pt
     evaluations = {name: evaluate(run, predictor, result, Assessment(split=name)) for name, result in results.items()}
-    images = {name: result.images for name, result in results.items()}
-    write_report(run, predictor, run.folder / "report.html", evaluations, images)
+    write_report(run, predictor, run.folder / "report.html", evaluations, results)
     data = {}
     for name in results if run.config.adopted else splits:
         split, rows = open_images(run, name)
@@ -61,11 +56,10 @@ def finish_run(run: Run) -> dict[str, Evaluation]:
 
 
 def adopt_weights(config: Config, setup: Setup, folder: Path) -> None:
-    """Write a run of the weights of `setup.init`, with its evaluations on dev and valid.
+    """Write a run of the weights of `setup.init`, with its evaluations on dev and valid; reports labels left out.
 
-    Settings in the weights' file take precedence over defaults; reports which labels are left out, and why. Raises
-    SettingError if neither the file nor an option gives a setting, and DataError if the weights do not fit or were
-    trained on dev or valid, or if the folder is another run's.
+    Settings in the weights' file take precedence over defaults. Raises SettingError if neither the file nor an option
+    gives one, and DataError if the weights do not fit or saw dev or valid, or if the folder is another run's.
     """
     start = open_start(config, setup.init)
     if start is None:
@@ -82,14 +76,12 @@ def adopt_weights(config: Config, setup: Setup, folder: Path) -> None:
     # `ignore`, because there is no training.
     config = replace(config, labels=tuple(labels), uncertain="ignore", adopted=str(setup.init))
     run = open_run(config, setup, folder)
-    outputs = name_outputs(run.config)
     torch.manual_seed(run.config.seed)  # for the unused outputs
-    network = build_network(run.config.arch, len(outputs), run.config.shape)
-    say(f"{file}: {load_initial(network, start, outputs, run.config.labels)}")
+    network = start_network(run, run.config.labels)
     seen = list_seen(run, ["dev"])
     begin_run(folder, run.config)
     record_environment(run)
-    save_best(run, seen, fuse(network, run.config).state_dict(), 0.0, math.nan)
+    save_best(run, seen, network.state_dict(), 0.0, math.nan)
     finish_run(run)
 
 
@@ -102,19 +94,19 @@ def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluatio
     config = replace(run.config, where=how.where or run.config.where, views=how.views or run.config.views)
     scored = replace(run, config=config)
     readers = {name: open_scores(path, calls=True) for name, path in name_files(how.readers).items()}
+    if len({*how.against}) > 1 and config.fusion is None:
+        raise DataError("`against` takes one run to compare with a run on images; a run on studies takes several")
     others = {}
     for folder in how.against:
+        own = read_config(folder)
         # First its scores of these shards; else of its own shards, which may have the same images.
-        names = (result_name(read_config(folder), run.shards.digest, split), split)
+        names = (result_name(own, run.shards.digest, split), split)
         paths = [path for name in names if (path := folder / f"scores-{name}.arrow").exists()]
         if not paths:
             first = f"python -m train evaluate --run {folder} --split {split}"
             raise DataError(f"`against` {folder}: no scores-{split}.arrow; first run: {first}")
         others[folder] = open_scores(paths[0])
-    if len(others) > 1 and config.fusion is None:
-        raise DataError("`against` takes one run to compare with a run on images; a run on studies takes several")
-    for folder in others:
-        check_seen(score_as(scored, folder, read_config(folder)), split, read_seen(folder))
+        check_seen(score_as(scored, folder, own), split, read_seen(folder))
     if split != "dev" or run.shards.digest != config.manifest:
         predictor.calibrate(run, how.sensitivity, how.study)  # before the split is scored
     result = predictor.score(scored, split)
@@ -124,9 +116,8 @@ def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluatio
         if config.fusion is None:
             against[str(folder)] = scores.take_all(table, config.labels)
             continue
-        images = open_split(run, split).table
-        values = scores.take(scores.align(images, ignore), config.labels)
-        combined = combine_views(images, values, result.images)
+        images = result.split.table
+        combined = combine_views(images, scores.take(scores.align(images, ignore), config.labels), result.images)
         against |= {f"{folder}{views}": studies for views, studies in combined.items()}
     level = round(run.manifest.pixels["mean"])  # train's mean gray level, which covers parts
     altered = {
@@ -134,33 +125,28 @@ def evaluate_split(run: Run, predictor: Predictor, how: Assessment) -> Evaluatio
         for name, alter in (ALTERATIONS if how.sanity else {}).items()
     }
     evaluation = evaluate(run, predictor, result, how, Beside(against, calls, result.members, altered))
-    write_report(scored, predictor, name_results(run, how)[2], {split: evaluation}, {split: result.images})
+    write_report(scored, predictor, name_results(run, how)[2], {split: evaluation}, {split: result})
     return evaluation
 
 
 def evaluate(
-    run: Run,
-    predictor: Predictor,
-    result: Result,
-    how: Assessment,
-    beside: Beside = Beside(),  # noqa: B008 - immutable
+    run: Run, predictor: Predictor, result: Result, how: Assessment, beside: Beside | None = None
 ) -> Evaluation:
     """Write a predictor's scores of a split, judge them, and write the evaluation into the run's folder.
 
-    On other shards than the run's, the results are compared with those on the run's own valid split; if there is no
-    comparison, the head's `own` gives the reason. Raises DataError if thresholds would have to be chosen on other
-    shards, or if the evaluation of valid is damaged.
+    On other shards than the run's, compares with the run's own valid split; without it, the head's `own` says why.
+    Raises DataError if thresholds would have to be chosen on other shards, or if valid's evaluation is damaged.
     """
     config, scored, table = run.config, result.images, result.table
     scores_path, path, _ = name_results(run, how)
     write_scores(scores_path, table, config.labels, scored.scores)
     dev = scored if how.split == "dev" and not how.conditions else None
     calibration = predictor.calibrate(run, how.sensitivity, how.study, dev)
-    split = open_split(run, how.split)
-    edge = measure_edges(split, find_places(split, table), run.setup.workers)
+    edge = measure_edges(result.split, find_places(result.split, table), run.setup.workers)
     evaluated = {"split": how.split, "unit": config.unit, "labels": list(config.labels)}
     evaluated |= {"chosen_by": list(how.conditions)} if how.conditions else {}
-    evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside._replace(edge=edge))
+    beside = (beside or Beside())._replace(edge=edge)
+    evaluation = judge_scores(evaluated | dict(result.shared), scored, table, calibration, beside)
     if run.shards.digest != config.manifest:
         own, head = run.folder / "evaluation-valid.json", evaluation.head
         head |= {"data": run.manifest.dataset.get("title", ""), "manifest": run.shards.digest, "own": ""}
@@ -180,16 +166,16 @@ def name_results(run: Run, how: Assessment) -> tuple[Path, Path, Path]:
     if how.conditions:
         name += f"-{hashlib.sha256(' '.join(how.conditions).encode()).hexdigest()[:8]}"
     compared = f"{name}-against-{'-'.join(folder.name for folder in how.against)}"[:200] if how.against else name
-    files = (f"scores-{name}.arrow", f"evaluation-{compared}.json", f"report-{compared}.html")
-    scores, evaluation, report = (run.folder / file for file in files)
-    return scores, evaluation, report
+    evaluation, report = f"evaluation-{compared}.json", f"report-{compared}.html"
+    return run.folder / f"scores-{name}.arrow", run.folder / evaluation, run.folder / report
 
 
 def write_report(
-    run: Run, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], images: Mapping[str, Scored]
+    run: Run, predictor: Predictor, file: Path, evaluations: Mapping[str, Evaluation], results: Mapping[str, Result]
 ) -> None:
-    """Write the report page of evaluated splits; `images` are their scores."""
+    """Write the report page of evaluated splits."""
     settings, data = describe_settings(run, predictor), run.manifest.dataset.get("title", "")
+    images = {name: result.images for name, result in results.items()}
     page = render_report(run.folder.name, settings, read_history(run.folder), [*evaluations.values()], images, data)
     write_atomically(file, page.encode())
 
@@ -240,10 +226,9 @@ def read_scored(run: Run, folder: Path, name: str) -> Scored:
 
 
 def measure_run(run: Run) -> dict[str, float | None]:
-    """A finished run's AUROC on dev, which chose the checkpoint, and AUROCs to compare.
+    """A finished run's AUROC on dev, which chose the checkpoint, and AUROCs of dev, part of train and valid to compare.
 
-    Those are on dev, part of train, and valid (with limits), over the labels that chose the checkpoint and have both
-    classes in all three; `same_labels` is their number.
+    These are over the labels that chose the checkpoint and have both classes in all three: `same_labels` of them.
     """
     names = run.config.labels
     scored = {"train": of_run(run).score(run, "train", most=TRAIN_SAMPLES).images}
@@ -257,12 +242,7 @@ def measure_run(run: Run) -> dict[str, float | None]:
     same = [name for name in chosen if not undefined[names.index(name)]]
     figures = {split: combine(each, weigh_labels(names, same)) for split, each in areas.items()}
     valid = figures.get("valid", dict.fromkeys(("value", "low", "high")))
-    return {
-        "dev_auroc": combine(areas["dev"], weigh_labels(names, chosen))["value"],
-        "same_labels": len(same),
-        "dev_same_auroc": figures["dev"]["value"],
-        "train_auroc": figures["train"]["value"],
-        "valid_auroc": valid["value"],
-        "valid_low": valid["low"],
-        "valid_high": valid["high"],
-    }
+    chosen_dev = combine(areas["dev"], weigh_labels(names, chosen))["value"]
+    measured = {"dev_auroc": chosen_dev, "same_labels": len(same), "dev_same_auroc": figures["dev"]["value"]}
+    measured |= {"train_auroc": figures["train"]["value"], "valid_auroc": valid["value"]}
+    return measured | {"valid_low": valid["low"], "valid_high": valid["high"]}

@@ -6,8 +6,8 @@ train.train(run)
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,16 +60,14 @@ class Run:
     @property
     def pixels(self) -> Mapping[str, float]:
         """Mean and std that normalize the run's gray levels: the shards', or those of the network's first weights."""
-        scale = dict(zip(("mean", "std"), self.config.input_scale, strict=False))
-        return scale or self.manifest.pixels
+        return dict(zip(("mean", "std"), self.config.input_scale, strict=False)) or self.manifest.pixels
 
 
 def open_run(config: Config, setup: Setup, folder: str | Path, ranks: Ranks = ALONE) -> Run:
     """A run to train in a folder.
 
     Open settings are taken from the shards (policies, and a share of train to hold out if there is no dev split), or
-    from the network or its initial weights (the size and scale of its input). Raises SettingError
-    for contradictory values, and DataError for unusable shards.
+    from the network or its initial weights (the size and scale of its input). Raises SettingError and DataError.
     """
     collection, start = setup.open(), open_start(config, setup.init)
     for text in collection.warnings:
@@ -80,24 +78,18 @@ def open_run(config: Config, setup: Setup, folder: str | Path, ranks: Ranks = AL
     return Run(config, collection, Path(folder), setup, ranks, start)
 
 
-@dataclass(frozen=True)
-class Selected:
+class Selected(NamedTuple):
     """A split, and the samples that a run uses."""
 
     split: OpenSplit
     samples: Samples
-    blank: str  # the shards' policy, so that runs with any policy are measured on the same cells
-    bad: Unusable = field(default_factory=Unusable)  # over all epochs and evaluations
+    truth: Labels  # for metrics, of all rows of the split
+    bad: Unusable  # over all epochs and evaluations
 
     @property
     def rows(self) -> Rows:
         """The row of each sample's first image: the images of a study share their labels."""
         return self.samples.rows[:, 0]
-
-    @cached_property
-    def truth(self) -> Labels:
-        """Targets and masks of all rows of the split, for metrics."""
-        return Labels(*policies.evaluation_targets(self.split.table, self.blank))
 
 
 def holds_out(run: Run) -> bool:
@@ -105,23 +97,16 @@ def holds_out(run: Run) -> bool:
     return run.config.dev is not None and "dev" not in run.manifest.splits and run.shards.digest == run.config.manifest
 
 
-def open_split(run: Run, name: str) -> OpenSplit:
-    """A split of the shards; a held-out dev is the train split, under the name dev."""
-    return replace(run.shards.open("train" if name == "dev" and holds_out(run) else name), name=name)
-
-
 def open_images(run: Run, name: str) -> tuple[OpenSplit, Rows]:
-    """A split and the rows of the images that meet the run's conditions; `limit` applies only to train.
-
-    Raises DataError; its subclass NothingSelectedError if no row is left.
-    """
-    config, split = run.config, open_split(run, name)
+    """A split, and the rows of its images that meet the run's conditions. Raises NothingSelectedError if none does."""
+    config, is_part = run.config, name in ("train", "dev") and holds_out(run)
+    split = replace(run.shards.open("train" if is_part else name), name=name)
     limit = config.limit if name == "train" else None
     select = partial(select_rows, conditions=config.where, views=config.views, limit=limit)
-    if name not in ("train", "dev") or not holds_out(run):
+    if not is_part:
         return split, select(split.table)
     patients = split.table.select(["patient"]).append_column("row", pa.array(np.arange(split.table.num_rows)))
-    places = split_patients(patients, config.dev or 0.0, config.seed)[name == "dev"]["row"].to_numpy()
+    places: Rows = split_patients(patients, config.dev or 0.0, config.seed)[name == "dev"]["row"].to_numpy()
     if len(places) == 0:
         less = "raise" if name == "dev" else "lower"
         raise DataError(f"{run.shards}: `dev` {config.dev:g} leaves no patient of train for {name}; {less} it")
@@ -139,19 +124,15 @@ def selected_splits(run: Run) -> list[str]:
 
 
 def open_rows(run: Run, name: str) -> Selected:
-    """A split and the samples that meet the run's conditions.
-
-    Raises DataError if a run on studies finds different labels within a study.
-    """
+    """A split and the samples that meet the run's conditions. Raises DataError for a study with different labels."""
     split, rows = open_images(run, name)
-    blank = policies.check_blank_policy(run.manifest.policies["blank"] or run.config.blank)
-    bad = Unusable(int(run.config.max_bad * len(rows)))
-    if run.config.fusion is None:
-        return Selected(split, find_images(split, rows), blank, bad)
-    samples, left_out = find_studies(split, rows)
-    if left_out and run.ranks.is_first:
+    samples, left_out = find_studies(split, rows) if run.config.fusion else (find_images(split, rows), 0)
+    if left_out:
         say(f"{name}: {left_out:,} images beyond their study's first {MOST_VIEWS} are left out")
-    return Selected(split, samples, blank, bad)
+    # By the shards' policy for blanks: runs with any policy are measured on the same cells.
+    blank = policies.check_blank_policy(run.manifest.policies["blank"] or run.config.blank)
+    truth = Labels(*policies.evaluation_targets(split.table, blank))
+    return Selected(split, samples, truth, Unusable(int(run.config.max_bad * len(rows))))
 
 
 def read_batches(run: Run, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
@@ -171,11 +152,7 @@ class Data(NamedTuple):
 
 
 def open_training(run: Run) -> Data:
-    """The training data in a run's shards; reports which folders have no dev, and if valid has no image to score.
-
-    Raises DataError, before anything is written, if train is too small, dev cannot choose a checkpoint, or valid cannot
-    be read.
-    """
+    """The training data in a run's shards. Raises DataError if it is too small, or dev cannot choose a checkpoint."""
     config = run.config
     train, dev = open_rows(run, "train"), open_rows(run, "dev")
     one_class = policies.describe_one_class(dev.truth.target[dev.rows], dev.truth.mask[dev.rows]).keys()
@@ -184,10 +161,9 @@ def open_training(run: Run) -> Data:
     has_dev = {folder.name: "dev" in folder.manifest.splits for folder in run.shards.folders}
     if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
         others = ", ".join(name for name, has in has_dev.items() if has)
-        where = (
-            f"checkpoint and thresholds are chosen on {others} alone; to choose on all, write these shards with `dev`"
-        )
-        say(f"{', '.join(lacking)}: no dev split, so {where}")
+        how = "to choose on all, write these shards with `dev`"
+        chosen = f"checkpoint and thresholds are chosen on {others} alone; {how}"
+        say(f"{', '.join(lacking)}: no dev split, so {chosen}")
     if "valid" in run.manifest.splits:
         try:
             open_rows(run, "valid")
@@ -213,10 +189,7 @@ def no_choice(run: Run, one_class: Container[str]) -> str:
 
 
 def training_labels(run: Run, train: Selected) -> Labels:
-    """Targets and masks of train under the run's policies; warns about selected labels with one class.
-
-    For these, raises DataError if the run is strict; also if a teacher is missing or unusable.
-    """
+    """Targets and masks of train, by the run's policies. Raises DataError for a bad teacher, and if it is `strict`."""
     config, table, scores = run.config, train.split.table, None
     policy = policies.parse_uncertain_policy(config.uncertain)
     if run.setup.teacher is not None:
@@ -243,9 +216,8 @@ def training_labels(run: Run, train: Selected) -> Labels:
 def training_weights(run: Run, labels: Labels, train: Selected) -> Weights | None:
     """Sampling weights [S] of train's samples; None if each is used once per epoch.
 
-    With `balance`, a label's positives and negatives weigh the same, also within each combination of values of the
-    columns `balance_over`; reports how many samples are never used, because their combination has one class. Raises
-    DataError for an unknown column, or if a label or a folder has nothing to sample.
+    With `balance`, a label's classes weigh the same, also within each combination of values of the columns
+    `balance_over`; reports how many samples are never used, as of combinations with one class. Raises DataError.
     """
     config, rows = run.config, train.rows
     if config.balance is None:

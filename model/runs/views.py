@@ -20,22 +20,16 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom")
 
 
 class View(NamedTuple):
-    """An image file, ready for a run: pixels [H, W], index in PROJECTIONS, content (as `join_content`).
+    """An image file, ready for a run; black if it is unusable, for the reason `fault`."""
 
-    Black if the file is unusable for the reason `fault`.
-    """
-
-    pixels: Gray
-    projection: int = UNKNOWN_FRONTAL
-    content: int = 0
+    pixels: Gray  # [H, W]
+    projection: int = UNKNOWN_FRONTAL  # index in PROJECTIONS
+    content: int = 0  # as `join_content`
     fault: str = ""
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files, and the image files below the folders, sorted; reports how many other files are skipped.
-
-    Raises DataError if there is none.
-    """
+    """The files, and the image files below the folders, sorted; reports others. Raises DataError if there is none."""
     images: list[Path] = []
     for path in paths:
         below = (file for file in path.rglob("*") if file.is_file() or not file.exists())  # a link may lead nowhere
@@ -83,14 +77,11 @@ def group_files(files: Iterable[Path], by: str | None, most: float) -> dict[str,
 
 
 def find_projection(file: Path, content: bytes) -> int:
-    """The index of an image's projection in PROJECTIONS, or UNKNOWN_FRONTAL.
-
-    From the DICOM header, or lateral if CheXpert's file name says so; else a frontal that may be AP or PA.
-    """
-    name = "lateral" if re.fullmatch(r"view\d{1,4}_lateral", file.stem) else ""
+    """The image's index in PROJECTIONS by its DICOM header or CheXpert's file name; else an AP or PA, unknown."""
     if position := find_position(content):
-        name = POSITIONS.get(position, "other").replace("frontal", position)
-    return PROJECTIONS.index(name) if name else UNKNOWN_FRONTAL
+        return PROJECTIONS.index(POSITIONS.get(position, "other").replace("frontal", position))
+    is_lateral = re.fullmatch(r"view\d{1,4}_lateral", file.stem)
+    return PROJECTIONS.index("lateral") if is_lateral else UNKNOWN_FRONTAL
 
 
 def read_view(file: Path, config: Config, options: ImageOptions) -> View:

@@ -23,7 +23,7 @@ def make_run(sample_shards: Shards, tmp_path: Path) -> MakeRun:
     """A small run on the sample, in a folder of that name; keyword arguments change its configuration."""
 
     def make(name: str, *, shards: Path = sample_shards[0], **changes: object) -> Run:
-        return open_small_run(shards, tmp_path / name, **changes)  # type: ignore[arg-type]
+        return open_small_run(shards, tmp_path / name, **changes)
 
     return make
 

@@ -17,10 +17,10 @@ from model.names import published
 from model.networks import build_network
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
-from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibrations
 from pipeline.measure.evaluation import read_evaluation
-from tests.training import call_train
+from tests.conftest import Shards
+from tests.training import Capture, call_train
 
 UNKNOWN = "It is not known which images these weights were trained on: if some of these, the results are too high."
 XRV = published()["xrv:densenet121-res224-all"]
@@ -48,7 +48,7 @@ def read_images(shards: Path, split: str) -> np.ndarray:
 @pytest.mark.parametrize("export", [False, pytest.param(True, marks=pytest.mark.soak)])
 @torch.no_grad()
 def test_torchxrayvisions_weights_are_a_run(
-    export: bool, sample_shards: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export: bool, sample_shards: Shards, tmp_path: Path, capsys: Capture
 ) -> None:
     shards, run, file = sample_shards[0], tmp_path / "run", tmp_path / "xrv.pt"
     images = read_images(shards, "valid")
@@ -57,8 +57,8 @@ def test_torchxrayvisions_weights_are_a_run(
     network = save_weights(file, "densenet121", len(OUTPUTS), images, op_threshs=trained)
     words = ("adopt", "--init", file, "--shards", shards, "--run", run, "--image-size", 32, "--workers", 1)
     assert call_train(*words) == 0
-    said = capsys.readouterr().err
-    assert f"{file}: no trained output for No Finding, Fracture, Support Devices: left out\n" in said
+    left_out = f"{file}: no trained output for No Finding, Fracture, Support Devices: left out\n"
+    assert left_out in capsys.readouterr().err
     labels = [label for label in LABELS if label in OUTPUTS and label != "Fracture"]
     assert read_evaluation(run / "evaluation-valid.json").labels == labels
     logits = network((torch.from_numpy(images).float() - SCALE[0]) / SCALE[1])
@@ -86,16 +86,16 @@ def test_torchxrayvisions_weights_are_a_run(
     for suffix in (".pt2", ".onnx") if export else ():
         assert call_train("export", "--run", run, "--out", tmp_path / f"model{suffix}") == 0
     if export:
-        (found,) = torch.export.load(tmp_path / "model.pt2").module()(torch.from_numpy(images))
-        np.testing.assert_allclose(found, calibrated, atol=1e-4)
-        (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images})
-        np.testing.assert_allclose(found, calibrated, atol=1e-4)
+        (scores,) = torch.export.load(tmp_path / "model.pt2").module()(torch.from_numpy(images))
+        np.testing.assert_allclose(scores, calibrated, atol=1e-4)
+        (scores,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images})
+        np.testing.assert_allclose(scores, calibrated, atol=1e-4)
     with pytest.raises(DataError, match=r"is a run of another configuration: image_size is 32, not 320"):
         call_train("train", "--shards", shards, "--run", run, "--arch", "densenet121", "--no-pretrained")
 
 
 def test_what_a_file_does_not_say_is_asked_for(
-    run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, sample_shards: Shards, tmp_path: Path, capsys: Capture
 ) -> None:
     """A file without names needs them; weights of a run know all, and what they were trained on."""
     shards, file, out = sample_shards[0], tmp_path / "weights.pt", tmp_path / "out"

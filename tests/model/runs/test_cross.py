@@ -22,7 +22,7 @@ from pipeline.manifest import read_manifest, read_table
 from pipeline.measure.evaluation import read_evaluation
 from pipeline.measure.scores import read_scores
 from tests.conftest import default_options, make_shards, write_chexpert
-from tests.training import WORDS, call_train
+from tests.training import WORDS, Capture, Patch, call_train
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_runs_are_each_all_but_one_and_all() -> None:
 
 
 def test_every_run_is_scored_on_every_set(
-    sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sets: list[Path], tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     out, other = tmp_path / "cross", tmp_path / "other"
     torch.save(build_network("rescnn", len(LABELS)).state_dict(), tmp_path / "weights.pt")
@@ -55,32 +55,31 @@ def test_every_run_is_scored_on_every_set(
     assert call_train(*words) == 0
     then = f"predict --run {shlex.quote(str(out / 'north+south'))} --out scores.csv IMAGES"
     assert capsys.readouterr().err.endswith(f"\nnext: python -m train {then}\n")
-    found = json.loads((out / "cross.json").read_text())
-    assert found["sets"] == {name: {"split": "valid", "images": 40} for name in ("north", "south")}
-    assert list(found["runs"]) == [str(other), "north", "south", "north + south"]
-    label = found["labels"][0]
+    matrix = json.loads((out / "cross.json").read_text())
+    assert matrix["sets"] == {name: {"split": "valid", "images": 40} for name in ("north", "south")}
+    assert list(matrix["runs"]) == [str(other), "north", "south", "north + south"]
+    label = matrix["labels"][0]
     given = read_evaluation(other / "evaluation-valid.json").get("auroc", label).value
-    assert found["cells"]["north"][str(other)][label]["auroc"]["value"] == pytest.approx(given)
+    assert matrix["cells"]["north"][str(other)][label]["auroc"]["value"] == pytest.approx(given)
     # Against the scores that `evaluate` writes of one set by the other's run.
     south = sets[1]
     assert call_train("evaluate", "--shards", south, "--run", out / "north") == 0
     table = read_table(south, read_manifest(south).split("valid"))
-    scores = read_scores(
-        out / "north" / f"scores-valid-{hash_file(south / 'manifest.json')[:8]}.arrow", table["key"], [label]
-    )
+    file = out / "north" / f"scores-valid-{hash_file(south / 'manifest.json')[:8]}.arrow"
+    scores = read_scores(file, table["key"], [label])
     states = table[label].to_pandas()
     used = (states != -1).to_numpy()
     auroc = roc_auc_score((states[used] == 1), scores[used, 0])
-    cell = found["cells"]["south"]["north"][label]
+    cell = matrix["cells"]["south"]["north"][label]
     assert cell["auroc"]["value"] == pytest.approx(auroc)
-    own = found["cells"]["south"]["south"][label]
+    own = matrix["cells"]["south"]["south"][label]
     assert cell["less"]["value"] == pytest.approx(cell["auroc"]["value"] - own["auroc"]["value"])
     assert own["less"] == pytest.approx({"value": 0.0, "low": 0.0, "high": 0.0}, abs=1e-6)
-    macro = found["cells"]["south"]["north"]["macro"]["auroc"]["value"]
-    values = [found["cells"]["south"]["north"][name]["auroc"]["value"] for name in found["labels"]]
+    macro = matrix["cells"]["south"]["north"]["macro"]["auroc"]["value"]
+    values = [matrix["cells"]["south"]["north"][name]["auroc"]["value"] for name in matrix["labels"]]
     assert macro == pytest.approx(sum(values) / len(values))
     page = (out / "cross.html").read_text()
-    assert all(f"<h2>{name}</h2>" in page for name in found["labels"])
+    assert all(f"<h2>{name}</h2>" in page for name in matrix["labels"])
     assert f">{macro:.3f}<" in page  # in the figure
     assert "<dt>arch</dt><dd>rescnn</dd>" in page  # as in a report
     assert [path.name for path in (tmp_path / "png").iterdir()] == ["auroc-by-training-and-test-set.png"]
@@ -92,16 +91,15 @@ def test_every_run_is_scored_on_every_set(
 
 
 def test_sets_that_cannot_be_scored_are_refused_before_training(
-    sets: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sets: list[Path], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("a run was trained"))
     folders = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in sets]
     words = ("cross", *(word for folder in folders for word in ("--shards", folder)), "--out", tmp_path / "out")
-    # Its weights have seen the other set's valid: said before a run on the first set is trained.
-    seen = {"split": "train", "run": "before", "patients": torch.tensor([], dtype=torch.int64)}
+    # The weights have seen the other set's valid: refused before a run on the first set is trained.
     valid = read_table(folders[1], read_manifest(folders[1]).split("valid"))
-    seen["sets"] = []
-    seen["images"] = torch.tensor(join_content(valid).to_numpy().view(np.int64))
+    images, nothing = torch.tensor(join_content(valid).to_numpy().view(np.int64)), torch.tensor([], dtype=torch.int64)
+    seen = {"split": "train", "run": "before", "images": images, "patients": nothing, "sets": []}
     about = {"pixels": {"mean": 100.0, "std": 50.0}, "equalize": False, "terms": "", "outputs": list(LABELS)}
     about |= {"arch": "rescnn", "image_size": "32"}
     weights = build_network("rescnn", len(LABELS)).state_dict()

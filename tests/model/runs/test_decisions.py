@@ -16,9 +16,8 @@ from model.predict import predict_scores
 from model.runs.score_commands import show_number
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
-from pipeline.manifest import Manifest
 from pipeline.measure.calibration import apply_calibration
-from tests.conftest import start
+from tests.conftest import Shards, start
 from tests.training import WORDS, call_train
 
 FACTS = {
@@ -33,7 +32,7 @@ FACTS = {
 
 @pytest.mark.parametrize("members", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_evaluate_predict_and_exports_decide_alike(
-    members: int, run: Path, sample_shards: tuple[Path, Manifest], tmp_path: Path
+    members: int, run: Path, sample_shards: Shards, tmp_path: Path
 ) -> None:
     rule, shards = "sensitivity", ("--shards", sample_shards[0])
     if members > 1:
@@ -56,8 +55,7 @@ def test_evaluate_predict_and_exports_decide_alike(
         words = ("predict", "--run", run, "--out", tmp_path / "scores.csv", "--threshold", rule)
         assert call_train(*words, *chosen) == 0
         table = pd.read_csv(tmp_path / "scores.csv")
-        found = table[[f"{label} positive" for label in labels]].to_numpy()
-        np.testing.assert_array_equal(found, expected[: len(chosen)])
+        np.testing.assert_array_equal(table[[f"{label} positive" for label in labels]], expected[: len(chosen)])
 
     (batch,) = dev.batches(len(order), 32, epoch=None)
     assert call_train("export", "--run", run, "--out", tmp_path / "model.pt2", "--threshold", rule) == 0
@@ -78,13 +76,10 @@ def test_evaluate_predict_and_exports_decide_alike(
         assert json.loads(facts["thresholds"])[rule][label] == scaled
     parts = [session.run(["decisions"], {"images": part})[0] for part in np.array_split(batch.images, 5)]
     np.testing.assert_array_equal(np.concatenate(parts)[:, columns], expected)
-    ran = start(sys.executable, tmp_path / "score.py", tmp_path / "model.onnx", *files)
-    assert ran.stderr == f"{FACTS['use']}\n"
-    found = pd.read_csv(io.StringIO(ran.stdout))
-    assert list(found) == list(table)[:-3]  # without run, shards and threshold_rule
-    np.testing.assert_array_equal(found["file"], table["file"])
-    np.testing.assert_allclose(found[list(LABELS)], table[list(LABELS)], atol=1e-5)
-    np.testing.assert_array_equal(found.iloc[:, 15:], table.iloc[:, 15:-3])
+    script = start(sys.executable, tmp_path / "score.py", tmp_path / "model.onnx", *files)
+    assert script.stderr == f"{FACTS['use']}\n"
+    # Without run, shards and threshold_rule
+    pd.testing.assert_frame_equal(pd.read_csv(io.StringIO(script.stdout)), table.iloc[:, :-3], rtol=0, atol=1e-5)
     (tmp_path / "score.py").write_text("print('mine')")
     with pytest.raises(DataError, match=f"^{tmp_path}/score.py: another program; export writes a script of this name"):
         call_train("export", "--run", run, "--out", tmp_path / "model.onnx")
@@ -99,7 +94,7 @@ def test_scores_at_the_extremes_do_not_tie() -> None:
     images = torch.arange(256, dtype=torch.uint8).reshape(-1, 1, 1, 1)
     scores = predict_scores(torch.nn.Flatten(), [0], [(images,)], 128.0, 4.0, torch.float32)[:, 0]
     calibrated = apply_calibration(scores, {"temperature": 1.1, "bias": 0.5})
-    for found in (scores, calibrated):
-        written = np.array([float(show_number(score)) for score in found])
+    for values in (scores, calibrated):
+        written = np.array([float(show_number(score)) for score in values])
         assert (np.diff(written) > 0).all()
-        np.testing.assert_allclose(written, found, rtol=1e-8)
+        np.testing.assert_allclose(written, values, rtol=1e-8)

@@ -4,18 +4,17 @@ import re
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pytest
 
+from pipeline.images import Gray
 from pipeline.labels import LABELS
 from pipeline.look.pixels import ALTERATIONS
-from pipeline.manifest import Manifest
 from pipeline.measure.evaluate import ALTERED
 from pipeline.measure.evaluation import MEANS, read_evaluation
-from tests.training import call_train
+from tests.conftest import Shards
+from tests.training import Capture, call_train
 
 
-def draw_images() -> npt.NDArray[np.uint8]:
+def draw_images() -> Gray:
     return np.random.default_rng(0).integers(1, 255, (3, 1, 84, 84), np.uint8)
 
 
@@ -32,19 +31,18 @@ def test_patches_move_as_a_whole() -> None:
     images = draw_images()
     shuffled = ALTERATIONS["patches shuffled"](0, images)
 
-    def patches(of: npt.NDArray[np.uint8]) -> list[bytes]:
-        return [of[0, y : y + 10, x : x + 10].tobytes() for y in range(0, 80, 10) for x in range(0, 80, 10)]
-
-    for before, after in zip(images, shuffled, strict=True):
-        assert sorted(patches(before)) == sorted(patches(after))
-        assert sum(one == other for one, other in zip(patches(before), patches(after), strict=True)) < 5
+    for pair in zip(images, shuffled, strict=True):
+        before, after = (
+            [image[0, y : y + 10, x : x + 10].tobytes() for y in range(0, 80, 10) for x in range(0, 80, 10)]
+            for image in pair
+        )
+        assert sorted(before) == sorted(after)
+        assert sum(map(bytes.__eq__, before, after)) < 5
     assert not shuffled[..., 80:, :].any()
     assert not shuffled[..., 80:].any()
 
 
-def test_evaluate_scores_altered_images(
-    run: Path, sample_shards: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_scores_altered_images(run: Path, sample_shards: Shards, capsys: Capture) -> None:
     assert call_train("evaluate", "--shards", sample_shards[0], "--run", run, "--split", "dev", "--sanity") == 0
     evaluation = read_evaluation(run / "evaluation-dev.json")
     assert evaluation.head["altered"] == list(ALTERATIONS)

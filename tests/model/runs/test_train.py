@@ -39,7 +39,7 @@ from model.ranks import Ranks, Stopped, listen
 from model.runs import folder, predictor, results
 from model.runs.config import Assessment, Config, read_config
 from model.runs.predictor import of_run, score_split
-from model.runs.results import evaluate
+from model.runs.results import evaluate, read_history
 from model.runs.run import Run, open_rows, open_training, training_weights
 from pipeline import DataError, console
 from pipeline.base.files import claimed, hash_file
@@ -51,27 +51,7 @@ from pipeline.measure.scores import write_scores
 from pipeline.policies import evaluation_targets
 from pipeline.stream import dataset
 from tests.conftest import Shards, flip, refused
-from tests.training import (
-    Capture,
-    Command,
-    Late,
-    MakeRun,
-    Patch,
-    assert_same_run,
-    read_events,
-    read_history,
-    stop_after,
-    train_until,
-)
-
-
-def test_a_dev_too_small_to_choose_by_is_reported(make_run: MakeRun, capsys: Capture, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(train, "finish_run", lambda run: {})
-    monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have printed
-    run = make_run("run", epochs=1)
-    train.train(run)
-    few = f"{run.shards}: no label has 10 patients of each class on dev, so the choice of checkpoint is arbitrary; "
-    assert few in capsys.readouterr().err
+from tests.training import Capture, Command, Late, MakeRun, Patch, assert_same_run, read_events, stop_after, train_until
 
 
 def test_a_run_writes_what_it_promises(trained: Run) -> None:
@@ -98,25 +78,6 @@ def test_interrupted_and_continued_equals_uninterrupted(make_run: MakeRun, unint
         train_until(looks, make_run("parts"))
     train.train(make_run("parts"))
     assert_same_run(make_run("parts").folder, uninterrupted)
-
-
-@pytest.mark.parametrize(("policy", "outputs"), [("zeros", 14), ("multiclass", 28), ("best,Edema=multiclass", 15)])
-def test_policies_train_and_their_scores_give_the_reported_auroc(make_run: MakeRun, policy: str, outputs: int) -> None:
-    run = make_run("run", uncertain=policy, epochs=1)
-    train.train(run)
-    assert load_checkpoint(run.folder / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 32)
-    for name in ("dev", "valid"):
-        table = read_table(run.shards.folders[0].path, run.manifest.split(name))
-        scores = read_frame(run.folder / f"scores-{name}.arrow")
-        assert scores["key"].tolist() == table["key"].to_pylist()
-        target, mask = evaluation_targets(table, "zeros")
-        report = read_evaluation(run.folder / f"evaluation-{name}.json")
-        assert report.get("auroc", "macro").value is not None
-        for column, label in enumerate(LABELS):
-            used, auroc = mask[:, column], report.get("auroc", label).value
-            if auroc is not None:
-                expected = roc_auc_score(target[used, column], scores[label][used])
-                assert auroc == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_student_learns_its_teachers_scores_of_the_uncertain_cells(make_run: MakeRun) -> None:
@@ -257,7 +218,7 @@ def poison(monkeypatch: Patch, step: int) -> None:
         weight.register_hook(lambda gradient: gradient * math.nan if next(backward) == step else gradient)
         return network
 
-    monkeypatch.setattr(train, "build_network", build)
+    monkeypatch.setattr(predictor, "build_network", build)
 
 
 @pytest.mark.parametrize(("check_steps", "looks", "saved"), [(2, 10**9, 2), (20, 5, None)])
@@ -322,20 +283,26 @@ def test_options_change_the_result(make_run: MakeRun, uninterrupted: Path, chang
         assert before["train_loss"] == pytest.approx(after["train_loss"], rel=0.02)
 
 
-def test_a_run_learns_and_is_measured_on_what_was_selected(make_run: MakeRun) -> None:
-    run = make_run("run", epochs=1, where=("sex=Female", "age>=40"), labels=("Edema", "Pleural Effusion"))
+@pytest.mark.parametrize(("policy", "outputs"), [("zeros", 14), ("multiclass", 28), ("best,Edema=multiclass", 15)])
+def test_a_run_learns_and_is_measured_on_what_was_selected(make_run: MakeRun, policy: str, outputs: int) -> None:
+    labels, where = ("Edema", "Pleural Effusion"), ("sex=Female", "age>=40")
+    run = make_run("run", epochs=1, where=where, labels=labels, uncertain=policy)
     train.train(run)
-    report = read_evaluation(run.folder / "evaluation-valid.json")
-    table = read_table(run.shards.folders[0].path, run.manifest.split("valid"))
-    facts = table.to_pandas()
-    chosen = (facts.sex == "Female") & (facts.age >= 40)
-    scores = read_frame(run.folder / "scores-valid.arrow")
-    assert scores["key"].tolist() == facts.key[chosen].tolist()
-    assert tuple(report.labels) == run.config.labels == ("Edema", "Pleural Effusion")
-    target, mask = (cells[:, LABELS.index("Pleural Effusion")] for cells in evaluation_targets(table, "zeros"))
-    used = mask & chosen.to_numpy()
-    expected = roc_auc_score(target[used], scores["Pleural Effusion"].to_numpy()[used[chosen]])
-    assert report.get("auroc", "Pleural Effusion").value == pytest.approx(expected, abs=1e-6)
+    assert load_checkpoint(run.folder / "best.pt")["weights"]["head.2.weight"].shape == (outputs, 32)
+    for split in ("dev", "valid"):
+        report = read_evaluation(run.folder / f"evaluation-{split}.json")
+        assert tuple(report.labels) == run.config.labels == labels
+        table = read_table(run.shards.folders[0].path, run.manifest.split(split))
+        facts, scores = table.to_pandas(), read_frame(run.folder / f"scores-{split}.arrow")
+        chosen = ((facts.sex == "Female") & (facts.age >= 40)).to_numpy()
+        assert scores["key"].tolist() == facts.key[chosen].tolist()
+        target, mask = (cells[chosen] for cells in evaluation_targets(table, "zeros"))
+        for label in labels:
+            used, auroc = mask[:, LABELS.index(label)], report.get("auroc", label).value
+            if auroc is not None:
+                expected = roc_auc_score(target[used, LABELS.index(label)], scores[label][used])
+                assert auroc == pytest.approx(expected, abs=1e-6)
+    assert report.get("auroc", "Pleural Effusion").value is not None
     assert read_config(run.folder) == run.config
     card = (run.folder / "model-card.md").read_text()
     studies = facts[chosen].drop_duplicates(["patient", "study"]).groupby("patient").size()
@@ -467,8 +434,7 @@ def test_what_draws_or_remembers_resumes_exactly_between_evaluations(
         network.register_forward_hook(lambda module, _, logits: stochastic_depth(logits, 0.2, "row", module.training))
         return network
 
-    for module in (train, predictor):
-        monkeypatch.setattr(module, "build_network", build)
+    monkeypatch.setattr(predictor, "build_network", build)
     options = {"epochs": 1, "eval_every": 4, "batch_size": 12, "loss": loss}
     run = make_run("run", **options)
     train.train(run)
@@ -578,10 +544,13 @@ def test_a_run_starts_from_the_weights_it_is_given(command: Command, tmp_path: P
         command("train", "--run", tmp_path / "third", "--init", best, "--arch", "resnet18")
 
 
-def test_logs_tell_what_the_run_did_and_with_what(make_run: MakeRun, monkeypatch: Patch) -> None:
+def test_logs_tell_what_the_run_did_and_with_what(make_run: MakeRun, monkeypatch: Patch, capsys: Capture) -> None:
+    monkeypatch.setattr(train, "say_once", console.say)  # whatever other tests have printed
     monkeypatch.setattr(sys, "argv", ["train.py", "--shards", "https://me:secret@host/set?token=secret"])
     run = make_run("run", epochs=1)
     train.train(run)
+    few = f"{run.shards}: no label has 10 patients of each class on dev, so the choice of checkpoint is arbitrary; "
+    assert few in capsys.readouterr().err
     events, (line,) = read_events(run.folder), read_history(run.folder)
     curves = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     assert {points[-1].step for points in curves.values()} == {line["step"]}
@@ -664,7 +633,7 @@ def test_the_curve_of_the_loss_is_of_the_steps_since_its_last_point(make_run: Ma
 
 
 def test_a_full_disk_under_tensorboard_is_named_in_one_line(
-    make_run: MakeRun, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
+    make_run: MakeRun, monkeypatch: Patch, capfd: Capture
 ) -> None:
     run, full = make_run("run", epochs=1), Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with monkeypatch.context() as patch:
@@ -678,7 +647,7 @@ def test_a_full_disk_under_tensorboard_is_named_in_one_line(
 
 
 def test_wandb_and_mlflow_get_the_curves_of_a_run_and_of_its_resumption(
-    command: Command, monkeypatch: Patch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: Command, monkeypatch: Patch, tmp_path: Path, capfd: Capture
 ) -> None:
     run, wandb = tmp_path / "my run", Mock()
     mlflow = Mock(start_run=Mock(side_effect=lambda *_, **__: nullcontext()))
@@ -730,7 +699,7 @@ def test_thresholds_and_studies_are_as_asked_for(command: Command, trained: Run)
 
 
 def test_results_on_other_shards_leave_the_runs_own_alone(
-    command: Command, trained: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: Command, trained: Run, tmp_path: Path, capfd: Capture
 ) -> None:
     run, others, path = trained.folder, tmp_path / "others", trained.folder / "evaluation-valid.json"
     own = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
