@@ -25,17 +25,13 @@ class Number(click.FloatRange):
 
     def convert(self, value: float, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
+        if not math.isfinite(number := super().convert(value, param, ctx)):
             self.fail(f"{value} is not a finite number", param, ctx)
-        return number
+        return float(number)
 
 
 class PathOrUrl(click.Path):
     """A path, or a URL as written: whether it exists is checked later."""
-
-    def __init__(self, exists: bool = False, file_okay: bool = True) -> None:
-        super().__init__(exists, file_okay, path_type=Path)
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
         """The path, or the text of the URL."""
@@ -99,10 +95,6 @@ class FieldOption(click.Option):
 class GroupedCommand(click.Command):
     """A command whose --help lists its options by group."""
 
-    def get_short_help_str(self, limit: int = 0) -> str:
-        """The full first sentence of the help, which click would cut at the width of a line."""
-        return super().get_short_help_str(limit=10_000)
-
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group."""
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -146,8 +138,12 @@ def command(name: str, *kinds: type | Fields, example: str = "") -> Callable[[Ca
             except SettingError as error:
                 raise click.UsageError(name_options(str(error))) from None
 
-        text, _, last = (inspect.getdoc(function) or "").partition("\n\nExample: ")
-        return GroupedCommand(name, callback=call, params=params, help=text, epilog=f"Example: {example or last}")
+        text, _, last = (inspect.getdoc(function) or "").partition("
+
+Example: ")
+        line, _, _ = text.partition("
+")  # which click would cut at the width of the terminal
+        return GroupedCommand(name, None, call, params, text, f"Example: {example or last}", line)
 
     return decorate
 

@@ -12,11 +12,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 import click
 
@@ -27,16 +27,11 @@ from pipeline.base.workers import skip_pandas
 NO_MEMORY = ("failed to map segment", "annot allocate memory", "launch worker thread", "can't start new thread")
 LEAST_MEMORY = 3 * 2**30  # bytes of address space: with less, OpenBLAS crashes or waits forever while it is loaded
 LINE_SECONDS = 10.0  # between plain lines if there is no terminal
-
-
 # SIGTERM, whose exception Python drops if it is raised in a finalizer: the next progress raises it again.
 _received: list[int] = []
 
 
-class Advance(Protocol):
-    """Report progress; `note` is shown beside the bar."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+Advance = Callable[..., None]  # reports (done, total, note=""); the note is shown beside the bar
 
 
 @contextmanager
@@ -116,15 +111,6 @@ def refuse_usage(wrong: object, text: str) -> None:
         raise click.UsageError(text)
 
 
-def _check_memory() -> None:
-    """Raise DataError if too little memory is allowed, which the libraries below do not report."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if 0 <= limit < LEAST_MEMORY:  # RLIM_INFINITY is -1
-        raise DataError(
-            f"not enough memory: the limit (ulimit -v) is {limit // 1024:,} kB; raise it to {LEAST_MEMORY // 1024:,}"
-        )
-
-
 def _terminate(number: int, _: object) -> NoReturn:
     _received.append(number)
     sys.exit(143)
@@ -144,9 +130,12 @@ def run_command(command: click.Command, context: object = None) -> None:
     # Print a name that is not UTF-8 with escapes, as stderr does.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if 0 <= limit < LEAST_MEMORY and not {"--help", "--version"} & {*sys.argv}:  # RLIM_INFINITY is -1
+        allowed = f"the limit (ulimit -v) is {limit // 1024:,} kB; raise it to {LEAST_MEMORY // 1024:,}"
+        say(f"Error: not enough memory: {allowed}")
+        sys.exit(1)
     try:
-        if not {"--help", "--version"} & {*sys.argv}:
-            _check_memory()
         sys.exit(command.main(standalone_mode=False, obj=context))
     except click.ClickException as error:
         error.show()

@@ -6,7 +6,6 @@ import io
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from io import BufferedReader
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -41,16 +40,22 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
         table = _read_workbook(csv)
         demand_columns(csv, table.column_names, names or ())
         return table if names is None else table.select(names)
-    convert = pacsv.ConvertOptions(null_values=[""], strings_can_be_null=True)
     try:
-        content = _read_content(csv)
+        # Into Arrow's own memory: its threads may release it after Python has shut down.
+        with open_to_read(csv) as file, _unpacked(csv, file) as text, pa.BufferOutputStream() as memory:
+            while piece := text.read(PIECE):
+                memory.write(piece)
+                if text is not file:
+                    check_expansion(csv, csv.stat().st_size, memory.tell())
+            content = memory.getvalue()
         delimiter = _find_delimiter(content[:LONGEST_HEADER].to_pybytes().partition(b"\n")[0].decode(errors="replace"))
         parse = pacsv.ParseOptions(newlines_in_values=True, delimiter=delimiter)
         # Read only the column names.
         with pacsv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
             written = reader.schema.names
         header = [name.strip() for name in written]
-        convert.column_types = dict.fromkeys(written, pa.string())
+        types = dict.fromkeys(written, pa.string())
+        convert = pacsv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True)
         if names is not None:
             demand_columns(csv, header, names)
             convert.include_columns = [written[header.index(name)] for name in names]
@@ -67,9 +72,9 @@ def read_strings(csv: Path, names: Sequence[str] | None = None) -> pa.Table:
 
 
 def _read_workbook(path: Path) -> pa.Table:
-    """The first sheet of an XLSX as text; its first row holds the names. Raises DataError."""
+    """The first sheet of an XLSX as text, whole numbers as such; its first row holds the names. Raises DataError."""
     with needs("xlsx", str(path)):
-        openpyxl: Any = import_module("openpyxl")
+        import openpyxl  # type: ignore[import-untyped]
     try:
         with open_to_read(path) as file:
             stored = file.seek(0, os.SEEK_END)
@@ -79,7 +84,11 @@ def _read_workbook(path: Path) -> pa.Table:
             rows: list[list[str | None]] = []
             width = letters = 0
             for cells in sheet.rows:
-                texts = [_cell_text(cell) for cell in cells]
+                texts: list[str | None] = []
+                for cell in cells:
+                    value = "" if cell.value is None or cell.data_type == "e" else cell.value  # e: an error
+                    is_whole = isinstance(value, float) and value.is_integer()
+                    texts.append(str(int(value) if is_whole else value).strip() or None)
                 while texts and texts[-1] is None:
                     texts.pop()
                 rows.append(texts)
@@ -88,36 +97,15 @@ def _read_workbook(path: Path) -> pa.Table:
                 # A cell far out stands for a table of empty ones, of at least the 8 bytes of a reference each; and
                 # many cells may share a text.
                 check_expansion(path, stored, 8 * width * len(rows) + letters)
-        header = [name or "" for name in rows[0]] + [""] * (width - len(rows[0]))
         while not rows[-1]:
             rows.pop()
     except DataError:
         raise
     except Exception as error:  # of many kinds, for a damaged file
         raise DataError(f"{path}: not a readable XLSX: {quote(str(error), 200)}") from error
-    columns = list(zip_longest(*rows[1:]))
-    columns += [()] * (width - len(columns))
-    return pa.table([pa.array(column or [None] * len(rows[1:]), pa.string()) for column in columns], names=header)
-
-
-def _cell_text(cell: Any) -> str | None:
-    """A cell as text; whole numbers as such, errors and empty texts as empty."""
-    value = None if cell.data_type == "e" else cell.value
-    if value is None:
-        return None
-    return (str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)).strip() or None
-
-
-def _read_content(csv: Path) -> pa.Buffer:
-    """The file's text, unpacked. Raises DataError for a decompression bomb, and gzip's own errors."""
-    stored = csv.stat().st_size
-    # Into Arrow's own memory: its threads may release it after Python has shut down.
-    with open_to_read(csv) as file, _unpacked(csv, file) as content, pa.BufferOutputStream() as memory:
-        while piece := content.read(PIECE):
-            memory.write(piece)
-            if content is not file:
-                check_expansion(csv, stored, memory.tell())
-        return memory.getvalue()
+    columns = list(zip_longest(*rows))
+    names = [column[0] or "" for column in columns]
+    return pa.table([pa.array(column[1:], pa.string()) for column in columns], names=names)
 
 
 def read_header(csv: Path) -> list[str]:
@@ -219,15 +207,15 @@ def repeated(column: pa.Array | pa.ChunkedArray) -> list[Any]:
 
 def _find_fault(csv: Path) -> str | None:
     """The problem with the first row that Arrow cannot read; None if it reads them all."""
-    lines = _lines(csv)
     try:
-        _, header = next(lines)
+        _, header = next(lines := _lines(csv))
         for line, cells in lines:
             if len(cells) != len(header):
                 at_end = len(cells) < len(header) and next(lines, None) is None
                 hint = "; it is the last row: is a quote left open, or the file cut off?" if at_end else ""
                 return f"line {line}: {len(cells)} cells, but the header has {len(header)}{hint}"
-            if not "".join(cells).isascii() and any("\udc80" <= char <= "\udcff" for char in "".join(cells)):
+            text = "".join(cells)
+            if not text.isascii() and any("\udc80" <= char <= "\udcff" for char in text):
                 return f"line {line}: not UTF-8; save the file as UTF-8"
     except (StopIteration, OSError, EOFError, zlib.error, stdlib_csv.Error):
         pass  # a damaged .gz, or no table at all: Arrow reports it

@@ -35,10 +35,7 @@ _mine = _STOP  # the slot of this worker, by the number that ends its process na
 
 
 def report_item() -> None:
-    """Count an item that a task has done. Raises CancelledError once a stop was requested.
-
-    Does nothing outside a worker process.
-    """
+    """In a worker process, count an item that a task has done. Raises CancelledError once a stop was requested."""
     if _shared is not None:
         if _shared[_STOP]:
             raise CancelledError
@@ -112,27 +109,19 @@ def run_threads(
     return results
 
 
-def _prepare_sockets() -> None:
-    """Have multiprocessing make its sockets in /tmp if TMPDIR is too long for them.
-
-    A socket's path has at most 107 bytes, of which `/pymp-xxxxxxxx/listener-xxxxxxxx` takes 31. The folder is
-    made once for the process, only its user has access, and it is removed at the end.
-    """
-    usual = tempfile.gettempdir()
-    if len(os.fsencode(usual)) <= _LONGEST_TMPDIR:
-        return
-    tempfile.tempdir = "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
-    try:
-        multiprocessing.util.get_temp_dir()
-    except OSError as error:
-        raise DataError(f"TMPDIR={usual} is too long for sockets, and /tmp: {error.strerror}") from None
-    finally:
-        tempfile.tempdir = usual
-
-
 def start_server(modules: Sequence[str]) -> None:
     """Start the fork server, which imports these modules for all workers; it may run already."""
-    _prepare_sockets()
+    # A socket's path has at most 107 bytes, of which `/pymp-xxxxxxxx/listener-xxxxxxxx` takes 31. If TMPDIR is too
+    # long, multiprocessing makes its private folder in /tmp, once for the process, and removes it at the end.
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) > _LONGEST_TMPDIR:
+        tempfile.tempdir = "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
+        try:
+            multiprocessing.util.get_temp_dir()
+        except OSError as error:
+            raise DataError(f"TMPDIR={usual} is too long for sockets, and /tmp: {error.strerror}") from None
+        finally:
+            tempfile.tempdir = usual
     multiprocessing.get_context("forkserver").set_forkserver_preload([*modules, "numpy.ma"])  # which Arrow imports late
     resource_tracker.ensure_running()  # first, as its start unblocks SIGINT
     with _without_signals(signal.SIGINT):  # which workers inherit, so Ctrl-C reaches this process alone
@@ -194,14 +183,6 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task:
         return future
 
 
-class _WithoutPandas(MetaPathFinder):
-    """Finds no pandas, wherever it is installed."""
-
-    def find_spec(self, name: str, *_: object) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError(name=name)
-
-
 def skip_pandas() -> None:
     """Have pyarrow do without pandas, which it imports with its first value: a second.
 
@@ -211,7 +192,12 @@ def skip_pandas() -> None:
         return
     import pyarrow as pa
 
-    sys.meta_path.insert(0, finder := _WithoutPandas())
+    class Finder(MetaPathFinder):  # of no pandas, wherever it is installed
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "pandas":
+                raise ModuleNotFoundError(name=name)
+
+    sys.meta_path.insert(0, finder := Finder())
     pa.scalar(0)
     sys.meta_path.remove(finder)
 
@@ -225,8 +211,7 @@ def _start_worker(slots: Any) -> None:
 
 def _exit_with_parent() -> None:
     """Else a worker would outlive a killed parent, waiting for tasks forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
