@@ -8,7 +8,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +25,6 @@ MAGIC = b"ARROW1"  # how an Arrow IPC file begins and ends
 SMALL, EXPANSION = (2**26, 100)  # bytes that any table may have, and how many more per stored byte
 POLL = 0.01  # seconds between tries of a lock
 WRITTEN = 2**18  # bytes at once: the kernel takes twice as long for many small pieces
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 def check_expansion(path: object, stored: int, claimed: int) -> None:
@@ -35,9 +33,8 @@ def check_expansion(path: object, stored: int, claimed: int) -> None:
     Call before allocating memory. Label tables compress 10 to 20 times, a bomb 1000 times or more.
     """
     if claimed > SMALL + EXPANSION * stored:
-        raise DataError(
-            f"{path}: its {stored:,} bytes expand to {claimed:,} or more, as no table does; it is damaged or forged"
-        )
+        fault = f"its {stored:,} bytes expand to {claimed:,} or more, as no table does; it is damaged or forged"
+        raise DataError(f"{path}: {fault}")
 
 
 def read_arrow(path: Path, source: pa.NativeFile | bytes) -> pa.Table:
@@ -109,10 +106,10 @@ def write_table(path: Path, table: pa.Table) -> str:
 
 @contextmanager
 def locked(path: Path, wait: float = -1) -> Iterator[None]:
-    """Hold the lock of a file against all threads and processes of this machine; a killed process releases it.
+    """Hold the kernel's lock of a file against all threads and processes of this machine; a killed one releases it.
 
-    Raises TimeoutError after `wait` seconds (negative: never), and DataError if the file system has no locks. (Locks of
-    the kernel: over NFS they hold among machines as far as the server supports them.)
+    Over NFS it holds among machines as far as the server supports that. Raises TimeoutError after `wait` seconds
+    (negative: never), and DataError if the file system has no locks.
     """
     # Not the soft lock that filelock would fall back to: a killed process would hold that forever.
     lock = FileLock(path, fallback_to_soft=False, thread_local=False)
@@ -121,9 +118,8 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, TimeoutError) or error.filename:  # held, or the file cannot be opened
             raise
-        raise DataError(
-            f"{path.parent}: its file system has no locks ({error.strerror}); choose a folder on another one"
-        ) from None
+        reason = f"its file system has no locks ({error.strerror}); choose a folder on another one"
+        raise DataError(f"{path.parent}: {reason}") from None
     try:
         yield
     finally:
@@ -132,9 +128,7 @@ def locked(path: Path, wait: float = -1) -> Iterator[None]:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Lock a folder: only one process of this machine writes to it.
-
-    Raises DataError if another process holds the lock, or this one may not write.
+    """Lock a folder: only one process of this machine writes to it. Raises DataError if this one may not.
 
     Removes half-written files: at the start those of killed processes, at the end those of workers on a cluster.
     """
@@ -169,17 +163,15 @@ def is_open_to_all(folder: Path) -> bool:
     if folder.exists():
         mode = folder.stat().st_mode
     else:
-        umask = os.umask(0o077)  # there is no way to read it without setting it
-        os.umask(umask)
+        os.umask(umask := os.umask(0o077))  # there is no way to read it without setting it
         mode = ~umask
-    others = stat.S_IROTH | stat.S_IXOTH
     parents = (parent.stat().st_mode for parent in folder.parents if parent.exists())
-    return mode & others == others and all(parent & stat.S_IXOTH for parent in parents)
+    return mode & 0o005 == 0o005 and all(parent & 0o001 for parent in parents)
 
 
 def is_temporary(path: Path) -> bool:
     """Whether this is the name of a half-written file, which a killed process may leave."""
-    return _TEMPORARY.fullmatch(path.name) is not None
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
 
 
 def hash_file(path: Path) -> str:
@@ -190,9 +182,9 @@ def hash_file(path: Path) -> str:
 
 def check_folder(out: Path) -> None:
     """Raise DataError if the folder of an output file does not exist or is not writable: before the work starts."""
-    if not out.absolute().parent.is_dir():
+    if not out.parent.is_dir():
         raise DataError(f"{out}: there is no folder {out.parent}")
-    if not os.access(out.absolute().parent, os.W_OK):
+    if not os.access(out.parent, os.W_OK):
         raise DataError(f"{out}: cannot be written: no right to write to {out.parent}; choose another folder")
 
 

@@ -164,10 +164,10 @@ def read_objects(urls: Sequence[str]) -> Iterator[bytes | None]:
     """The content of each object in turn; None for a missing one. Raises DataError for other failures."""
     paths: Iterator[Any] = map(open_location, urls)
     for store, group in groupby(paths, key=lambda path: path.fs):
-        while some := list(islice(group, TOGETHER)):
-            with named_failures(some[0], "cannot be read"):
-                contents = store.cat_ranges([path.path for path in some], None, None, on_error="return")
-            for path, content in zip(some, contents, strict=True):
+        while batch := list(islice(group, TOGETHER)):
+            with named_failures(batch[0], "cannot be read"):
+                contents = store.cat_ranges([path.path for path in batch], None, None, on_error="return")
+            for path, content in zip(batch, contents, strict=True):
                 is_missing = isinstance(content, FileNotFoundError)
                 with named_failures(path, "cannot be read"):
                     if isinstance(content, Exception) and not is_missing:
@@ -197,16 +197,11 @@ def explain_failure(error: Exception, location: str) -> str:
 
 @contextmanager
 def named_failures(path: Path, what: str) -> Iterator[None]:
-    """Raise DataError for whatever a store raises, or its type alone: texts may quote credentials.
-
-    Does nothing for a folder on this machine.
-    """
+    """Raise DataError for whatever a store raises, not a folder of this machine; texts may quote credentials."""
     try:
         yield
-    except DataError:
-        raise
     except Exception as error:
-        if not is_remote(path):
+        if isinstance(error, DataError) or not is_remote(path):
             raise
         reason = explain_failure(error, str(path)) or type(error).__name__
         raise DataError(f"{path}: {what}: {reason}") from None

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,23 +18,13 @@ from pipeline.judging import Judging
 from pipeline.labels import VIEWS
 from pipeline.look.label_report import print_report
 from pipeline.manifest import NAME, find_blank, read_manifest
-from pipeline.measure.counts import (
-    NO_GROUP,
-    Statistics,
-    count_groups,
-    count_labels,
-    count_targets,
-    list_rows,
-    list_variables,
-    parse_policies,
-)
+from pipeline.measure import counts
+from pipeline.measure.counts import NO_GROUP
 from pipeline.measure.metrics import Floats
 from pipeline.policies import evaluation_targets
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from pipeline.stream.cache import Remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +44,7 @@ class Stats(Cached):
     by: str | None = option(None, f"Count each group of images: by {', '.join(NO_GROUP)}, or a fact.", metavar="FACT")
     facts: tuple[str, ...] = option((), "CSV or XLSX with extra columns to join; not for shards.", metavar="FILE")
     policy: tuple[dict[str, str], str] | tuple[()] = option(
-        (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=parse_policies
+        (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=counts.parse_policies
     )
     html: Path | None = option(None, "Write a page with everything.", type=FILE)
     png: Path | None = pictures_option()
@@ -71,55 +62,46 @@ def stats(given: Stats) -> None:
 
     check_page(given.html)
     refuse_usage(given.format == "csv" and given.policy, "--format csv has no room for --policy; use json")
-    split, views = given.split, given.views
     shards = [find_shards(source, given.cache) for source in given.sources]
-    table = load_tables([path for path, _ in shards], split, views, [*map(Path, given.facts)], note=say)
-    known = list_variables(table)
+    paths = [path for path, _ in shards]
+    table = load_tables(paths, given.split, given.views, [*map(Path, given.facts)], note=say)
+    known = counts.list_variables(table)
     refuse_usage(given.by not in (None, *known), f"--by {given.by}: these images can be grouped by {', '.join(known)}")
-    report = _build_report(table, given)
     refuse_usage(given.png and not given.html, "--png is for the figures of --html")
+    report = counts.count_labels(table)
+    if given.by:
+        report["by"] = counts.count_groups(table, given.by)
+    if given.policy:
+        report["policy"] = counts.count_targets(report["labels"], *given.policy)
+        for label, targets in report["policy"]["labels"].items():
+            if targets["pos_weight"] is None:
+                classes = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
+                say(f"Warning: {label} is left with one class: {classes}")
     if given.html:
         with pictures(given.png):
-            write_atomically(given.html, _render_page(given, shards, report, table).encode())
+            write_atomically(given.html, _render_page(given, paths, report, table).encode())
         say(f"{given.html}: written")
     if given.format == "table":
         print_report(report)
         if all(remote is None for _, remote in shards):
             say_next("pipeline", "audit", *given.sources)
     else:
-        text = json.dumps(report, indent=2) if given.format == "json" else format_csv(list_rows(report))
+        text = json.dumps(report, indent=2) if given.format == "json" else format_csv(counts.list_rows(report))
         echo(text.rstrip())
 
 
-def _build_report(table: "pa.Table", given: Stats) -> Statistics:
-    report = count_labels(table)
-    if given.by:
-        report["by"] = count_groups(table, given.by)
-    if given.policy:
-        report["policy"] = count_targets(report["labels"], *given.policy)
-        for label, targets in report["policy"]["labels"].items():
-            if targets["pos_weight"] is None:
-                counts = f"{targets['positives']:,} positives and {targets['negatives']:,} negatives"
-                say(f"Warning: {label} is left with one class: {counts}")
-    return report
-
-
-def _render_page(
-    given: Stats, shards: "Sequence[tuple[Path, Remote | None]]", report: Statistics, table: "pa.Table"
-) -> str:
+def _render_page(given: Stats, sources: Sequence[Path], report: counts.Statistics, table: "pa.Table") -> str:
     from pipeline.look.label_report import render_label_report
     from pipeline.measure.audit import audit_labels
     from pipeline.sources.sets import load_tables
     from pipeline.stream.cache import redact
 
-    split, views, sources = given.split, given.views, [path for path, _ in shards]
-    audited = load_tables(sources, split, views, audited=True)
+    audited = load_tables(sources, given.split, given.views, audited=True)
     cells = evaluation_targets(audited, find_blank(sources[0]))
     audit = audit_labels(audited, *cells, together=False)  # which takes longer
-    scope = [] if sources[0].is_file() else [f"split {split}" if split else "all splits"]
-    scope.append(f"{views} views")
+    splits = "" if sources[0].is_file() else f"split {given.split}, " if given.split else "all splits, "
     title = f"Labels of {', '.join(Path(redact(str(source))).resolve().name for source in given.sources)}"
-    return render_label_report(title, ", ".join(scope), report, table, audit)
+    return render_label_report(title, f"{splits}{given.views} views", report, table, audit)
 
 
 def check_page(path: Path | None) -> None:
@@ -159,16 +141,14 @@ def audit(given: Auditing) -> int:
     refuse_usage(given.images and not are_shards, "--images needs shards: pipeline shards SOURCE OUT, then audit OUT")
     check_page(given.html)
     table = load_tables(sources, split, views, audited=True)
-    edge: dict[str, Floats] = {}
-    content: dict[str, Floats] = {}
+    edge, content = dict[str, Floats](), dict[str, Floats]()
     if are_shards and given.images is not False:
         from pipeline.look.pixels import measure_shards
 
         chosen = [(source, [split] if split else learned_splits(read_manifest(source).splits)) for source in sources]
         with progress_bar("Measuring", "images") as advance:
-            edge, content = measure_shards(
-                chosen, views, given.threads, lambda measured: advance(measured, table.num_rows)
-            )
+            measured = partial(advance, total=table.num_rows)
+            edge, content = measure_shards(chosen, views, given.threads, measured)
     if "file_bytes" in table.column_names:
         content["file bytes"] = table["file_bytes"].to_numpy().astype(float)
         content.pop("stored bytes", None)  # the same, if files are stored unchanged
@@ -188,8 +168,8 @@ def audit(given: Auditing) -> int:
         if are_shards:
             words = [word for source in sources for word in ("--shards", source)]
             out = [word for word in os.environ.get("MAKEFLAGS", "").split() if word.startswith("OUT=")]
-            by_make = "MAKELEVEL" in os.environ
-            say_next(*(("make", "train", *out) if by_make else ("python", "-m", "train", *words, "--run", "RUN")))
+            train = ("python", "-m", "train", *words, "--run", "RUN")
+            say_next(*(("make", "train", *out) if "MAKELEVEL" in os.environ else train))
         elif len(sources) == 1 and sources[0].is_dir():
             say_next("pipeline", "shards", sources[0], "shards")
     return 3 if given.strict and report.alarms else 0
@@ -228,11 +208,8 @@ def judge(given: Judge) -> None:
         given.out.mkdir(parents=True, exist_ok=True)
         with pictures(given.png):
             page = render_page(name, [judged.evaluation], {split: judged.images}, source)
-        written = {
-            "evaluation.json": judged.evaluation.to_json(),
-            "report.html": page.encode(),
-            "card.md": render_card(name, [], [judged.evaluation], source).encode(),
-        }
-        for file, data in written.items():
+        card = render_card(name, [], [judged.evaluation], source).encode()
+        documents = {"evaluation.json": judged.evaluation.to_json(), "report.html": page.encode(), "card.md": card}
+        for file, data in documents.items():
             write_atomically(given.out / file, data)
             echo(f"{given.out / file}: written")

@@ -33,7 +33,7 @@ from pipeline.synthetic.sample import Shortcut, parse_shortcut, write_sample
 
 if TYPE_CHECKING:
     from pipeline.etl.shards import RunSummary
-    from pipeline.sources.source import Source, Terms
+    from pipeline.sources.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +67,16 @@ def sample(given: Drawing) -> None:
 
 
 def parse_source(text: str) -> Path:
-    """The path of a local file or folder, or URL; its contents are checked later."""
+    """A path of this machine or URL; what is there is checked later."""
     if not text.strip():
         raise DataError("the name is empty; for the folder you are in, write .")
     return open_location(text)
 
 
 def parse_folder(text: str) -> Path:
-    """The path of a local folder or URL."""
+    """The path of a folder, or URL."""
     path = parse_source(text)
-    if isinstance(path, Path) and path.is_file():
+    if not is_remote(path) and path.is_file():
         raise DataError(f"'{path}' is a file")
     return path
 
@@ -95,6 +95,7 @@ def check_name(text: str) -> None:
         raise DataError(f"'{text}' is not a name of letters, digits, '.', '_' and '-'")
 
 
+BLANKS = ("blank", "not-annotated")
 policy_option = partial(option, None, metavar="POLICY")
 
 
@@ -127,10 +128,7 @@ class Sharding:
         metavar="LABEL,…",
     )
     blanks: str = option(
-        "",
-        "What an empty cell of such a set means: not mentioned, or not annotated.",
-        choices=("blank", "not-annotated"),
-        shown="blank",
+        "", "What an empty cell of such a set means: not mentioned, or not annotated.", choices=BLANKS, shown="blank"
     )
     uncertain: str | None = policy_option(
         UNCERTAIN_HELP, check=parse_uncertain_policy, shown="best, or as existing shards have it"
@@ -155,21 +153,15 @@ class Sharding:
         """
         if self.out is None:
             raise click.UsageError("Missing argument 'OUT'.")
-        refuse_usage(
-            str(self.out).startswith(("http:", "https:")),
-            f"{self.out}: a web server is only read from; write to a folder or s3://bucket/prefix",
-        )
-        tables = self.dataset in OWN
+        is_web = str(self.out).startswith(("http:", "https:"))
+        refuse_usage(is_web, f"{self.out}: a web server is only read from; write to a folder or s3://bucket/prefix")
+        csvs, is_own = dict(self.splits), self.dataset in OWN
         if self.dataset == "table" and not self.columns:
             raise click.UsageError(f"--set table needs --columns, such as: {name_options(guess_command(self.source))}")
-        refuse_usage(
-            (self.columns or self.values) and not tables, "--columns and --values go with --set table or webdataset"
-        )
-        refuse_usage(
-            self.splits and not tables and self.dataset not in (None, "chexpert"),
-            "--split is for CSVs like CheXpert's, --set table or --set webdataset",
-        )
-        csvs = dict(self.splits)
+        is_named = self.columns or self.values
+        refuse_usage(is_named and not is_own, "--columns and --values go with --set table or webdataset")
+        has_csvs = is_own or self.dataset in (None, "chexpert")
+        refuse_usage(csvs and not has_csvs, "--split is for CSVs like CheXpert's, --set table or --set webdataset")
         refuse_usage(len(csvs) < len(self.splits), "--split: a split takes one CSV")
         files = [open_location(text) for text in self.facts]
         source = find_source(self.source, csvs, self.roots, self.dataset, self.columns, files, self.name)
@@ -206,8 +198,8 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
         def show(done: int, total: int, rejects: int) -> None:
             nonlocal resumed
             if resumed is None:  # once, and only if something is written
-                _warn_of_terms(find_terms(source), out)
-            resumed = done if resumed is None else resumed
+                _warn_of_terms(source, out)
+                resumed = done
             rate = (done - resumed) / (time.perf_counter() - start)
             advance(done, total, f"{rate:,.0f} images/s  {rejects} rejects")
 
@@ -228,27 +220,23 @@ def shards(given: Sharding, options: Options, how: Execution) -> int:
     return 3 if how.strict and (run.manifest.rejects or not notes.keys().isdisjoint(DOUBTS)) else 0
 
 
-def _warn_of_terms(terms: "Terms", out: Path) -> None:
+def _warn_of_terms(source: "Source", out: Path) -> None:
     """Warn if images that may not be shared would be written to a place that others can read."""
-    restricted = find_restriction(terms._asdict())
+    restricted = find_restriction(find_terms(source)._asdict())
     if restricted and is_remote(out):
         say(f"Warning: {out}: make sure that only people bound by the {restricted} can read it")
     elif restricted and is_open_to_all(out):
-        say(
-            f"Warning: {out}: every user of this machine can read it; only people bound by the {restricted} may: "
-            f"chmod o-rx {out}"
-        )
+        who = f"every user of this machine can read it; only people bound by the {restricted} may"
+        say(f"Warning: {out}: {who}: chmod o-rx {out}")
 
 
 def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None:
     images = size = 0
     for name, split in run.manifest.splits.items():
-        bytes_out = sum(shard.bytes for shard in split.shards)
-        images, size = images + split.samples, size + bytes_out
-        echo(
-            f"{name:6} {split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients "
-            f"{len(split.shards):4} shards {bytes_out / 1e6:10,.1f} MB"
-        )
+        stored = sum(shard.bytes for shard in split.shards)
+        images, size = images + split.samples, size + stored
+        samples = f"{split.samples:8,} images {split.studies:8,} studies {split.patients:7,} patients"
+        echo(f"{name:6} {samples} {len(split.shards):4} shards {stored / 1e6:10,.1f} MB")
     if views:
         echo(views)
     if run.manifest.rejects:
@@ -266,32 +254,28 @@ def _print_run(out: Path, run: "RunSummary", seconds: float, views: str) -> None
     if run.stripped:
         echo(f"metadata removed from {run.stripped:,} images")
     rate = (images - run.resumed) / seconds
-    echo(
-        f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, "
-        f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
-    )
+    volume = f"{run.bytes_in / 1e6:,.1f} MB in, {size / 1e6:,.1f} MB out"
+    echo(f"{out}: written in {seconds:,.1f} s, {rate:,.0f} images/s, {volume}")
 
 
-def _print_preview(source: "Source", options: "Options", how: "Execution") -> int:
+def _print_preview(source: "Source", options: Options, how: Execution) -> int:
     """Print what would be written; returns the exit code of the real run."""
     tables, omitted, notes = options.read_splits(source)
     missing, total = 0, sum(map(len, tables.values()))
     for name, table in tables.items():
-        absent, shards, size = preview_split(table, source, options)
-        dropped = [f"{count:,} by --{why}" for why, count in omitted[name].items() if count]
-        echo(
-            f"{name:6} {len(table) + sum(omitted[name].values()):8,} rows, {len(table):,} kept, "
-            f"dropped: {', '.join(dropped) or 'none'}; {shards:,} shards, about {size / 1e6:,.1f} MB"
-        )
+        absent, count, size = preview_split(table, source, options)
+        dropped = ", ".join(f"{number:,} by --{why}" for why, number in omitted[name].items() if number) or "none"
+        rows = f"{len(table) + sum(omitted[name].values()):8,} rows, {len(table):,} kept, dropped: {dropped}"
+        echo(f"{name:6} {rows}; {count:,} shards, about {size / 1e6:,.1f} MB")
         if absent:
             echo(f"       {len(absent):,} images are missing, for example {absent[0]}")
         missing += len(absent)
     for text in notes:
         echo(text)
-    kept = concat_labels([*tables.values()])
+    table = concat_labels([*tables.values()])
     if options.views == "all":
-        echo(describe_views(kept))
-    print_report(count_labels(kept))
+        echo(describe_views(table))
+    print_report(count_labels(table))
     echo("dry run: nothing was written")
     if missing > how.max_bad * total:
         raise DataError(f"{missing:,} of {total:,} images are missing, more than --max-bad {how.max_bad:.2%}")
@@ -328,14 +312,11 @@ def verify(given: Verification) -> None:
             echo(f"{name.rstrip('/')}/{file}: and {len(lines) - PRINTED:,} more")
     if report.problems:
         problems = count_of(sum(map(len, report.problems.values())), "problem")
-        files = count_of(len(report.problems), "file")
         again = "" if remote else "; to restore them, run the command that wrote them again"
-        raise click.ClickException(f"{name}: {problems} in {files}{again}")
+        raise click.ClickException(f"{name}: {problems} in {count_of(len(report.problems), 'file')}{again}")
     splits = report.manifest.splits
     written = [shard for split in splits.values() for shard in split.shards]
     samples, size = (sum(getattr(shard, unit) for shard in written) for unit in ("samples", "bytes"))
-    echo(
-        f"{name}: OK: {len(splits)} splits, {len(written):,} shards, {samples:,} samples, {size / 1e6:,.1f} MB "
-        f"in {time.perf_counter() - start:.1f} s"
-    )
+    sizes = f"{len(splits)} splits, {len(written):,} shards, {samples:,} samples, {size / 1e6:,.1f} MB"
+    echo(f"{name}: OK: {sizes} in {time.perf_counter() - start:.1f} s")
     say_next(*(("python", "-m", "train", "--run", "RUN", "--shards", name) if remote else ("pipeline", "audit", name)))
