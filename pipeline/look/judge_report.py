@@ -7,7 +7,7 @@ which groups it is worse. `templates/report.html` is the layout; tables come fro
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -24,10 +24,9 @@ from pipeline.measure.metrics import FEW, Bools, Curve, Floats, label_cells, net
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOT = {"marker": "o", "linestyle": "none", "color": pages.SECOND, "markersize": 4}
-DIAMOND = {"marker": "D", "linestyle": "none", "color": pages.THIRD, "markersize": 3.5}
 WARNING = "For research. Not for clinical use."
 
+Points = Sequence[Sequence[float | None]]  # of ROC curves: sensitivity and specificity
 Panels = list[tuple[str, str, Markup]]  # name, caption and picture
 
 
@@ -48,21 +47,13 @@ def render_page(
 ) -> str:
     """The page of the evaluations, dev last, then the sections of `more`; `images` are the scores of each split."""
     ordered = sorted(evaluations, key=lambda evaluation: evaluation.split == "dev")
-    return pages.render(
-        "pipeline.look",
-        "report.html",
-        title=title,
-        warning=WARNING,
-        evaluations=[(evaluation, images[evaluation.split]) for evaluation in ordered],
-        data={evaluation.split: describe_data(evaluation, dataset) for evaluation in ordered},
-        more=more,
-        methods=read_lines("methods"),
-        judged=judged,
-        means=MEANS,
-        units=UNITS,
-        draw_forest=draw_forest,
-        draw_curves=draw_curves,
-    )
+    values = {
+        "evaluations": [(evaluation, images[evaluation.split]) for evaluation in ordered],
+        "data": {evaluation.split: describe_data(evaluation, dataset) for evaluation in ordered},
+        "methods": read_lines("methods"),
+        **{"judged": judged, "means": MEANS, "units": UNITS, "draw_forest": draw_forest, "draw_curves": draw_curves},
+    }
+    return pages.render("pipeline.look", "report.html", title=title, warning=WARNING, more=more, **values)
 
 
 def read_lines(name: str) -> list[str]:
@@ -84,9 +75,25 @@ def describe_data(evaluation: Evaluation, dataset: str = "") -> str:
 
 
 def draw_forest(evaluation: Evaluation) -> Markup:
-    """The AUROC of each finding and mean, with its limits."""
+    """A line from limit to limit of AUROC for each finding, best first, then for the means."""
+    means = [row for row in (evaluation.get("auroc", mean) for mean in MEANS) if row.value]
+    rows = [row for row in (evaluation.get("auroc", label) for label in evaluation.labels) if row.value]
+    rows = [*sorted(rows, key=lambda row: -row.number), *means]
+    names = judged.name_rows(evaluation, [str(row.label) for row in rows]).values()
+
+    def draw(axes: "Axes") -> None:
+        for place, row in enumerate(rows):
+            color = pages.INK if row in means else pages.FAINT if row.few else pages.FIRST
+            if row.low is not None and row.high is not None:
+                axes.plot([row.low, row.high], [place, place], color=color, linewidth=1.2)
+            axes.plot([row.number], [place], "D" if row in means else "o", color=color, markersize=4)
+        axes.axvline(0.5, linestyle=":", color=pages.FAINT)
+        axes.set_yticks(range(len(rows)), [name.replace("$", r"\$") for name in names])
+        axes.set(xlabel="AUROC", ylim=(len(rows) - 0.4, -0.6))
+        axes.tick_params(axis="y", length=0)
+
     size = (4.6, 0.6 + 0.19 * (len(evaluation.labels) + len(MEANS)))
-    return draw_svg(partial(_draw_forest, evaluation), "AUROC of each label", size, fitted=True)
+    return draw_svg(draw, "AUROC of each label", size, fitted=True)
 
 
 def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
@@ -103,22 +110,15 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
         temperature, bias = (evaluation.get(metric, name).value for metric in ("temperature", "bias"))
         calibrated = apply_calibration(score, {"temperature": temperature, "bias": bias})
         dot = [evaluation.get(rate, name, group=rule).value for rate in ("sensitivity", "specificity")]
-        gains = {at: evaluation.get("net_benefit_gain", name, group=f"at {at}") for at in (0.1, 0.3)}
+        gains = [f"{at} {evaluation.get('net_benefit_gain', name, group=at).shown}" for at in ("at 0.1", "at 0.3")]
         error, fitted = (judged.show(evaluation.get(metric, name)) for metric in ("ece", "ece_calibrated"))
-        by = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}"
-        curves = {
-            "ROC": (f"AUROC {auroc.shown}", partial(_draw_roc, curve, [dot], DOT)),
-            "precision-recall": (f"AUPRC {auprc.shown}", partial(_draw_pr, curve)),
-            "reliability": (
-                f"ECE {error}{by if temperature else ''}",
-                partial(_draw_reliability, score, calibrated, truth),
-            ),
-            "decision": (
-                ", ".join(f"at {at} {gain.shown}" for at, gain in gains.items()),
-                partial(_draw_decision, calibrated, truth),
-            ),
-        }
-        for kind, (caption, draw) in curves.items():
+        by = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}" if temperature else ""
+        for kind, caption, draw in (
+            ("ROC", f"AUROC {auroc.shown}", partial(_draw_roc, curve, [dot])),
+            ("precision-recall", f"AUPRC {auprc.shown}", partial(_draw_pr, curve)),
+            ("reliability", f"ECE {error}{by}", partial(_draw_reliability, score, calibrated, truth)),
+            ("decision", ", ".join(gains), partial(_draw_decision, calibrated, truth)),
+        ):
             svg = axes[kind].draw(draw, f"{kind} curve of {name}")
             panels[kind].append((judged.mark_few(name, auroc), caption, svg))
     return panels | {"readers": draw_readers(evaluation, images)}
@@ -130,44 +130,26 @@ def draw_readers(evaluation: Evaluation, images: Scored) -> Panels:
     readers = evaluation.head.get("readers", ())
     studies = study_level(images, evaluation.head["combine"]) if readers else images
     for name, score, truth, _ in label_cells(evaluation.labels, *studies[:4]) if readers else ():
-        rates = [
-            [evaluation.get(rate, name, "study", scorer=reader).value for rate in ("sensitivity", "specificity")]
-            for reader in readers
-        ]
+        get = partial(evaluation.get, label=name, level="study")
+        rates = [[get(rate, scorer=reader).value for rate in ("sensitivity", "specificity")] for reader in readers]
         points = [pair for pair in rates if None not in pair]
         if points and not truth.all() and truth.any():
-            draw = partial(_draw_roc, threshold_curve(score, truth), points, DIAMOND)
+            draw = partial(_draw_roc, threshold_curve(score, truth), points, mark="D", color=pages.THIRD, size=3.5)
             svg = draw_svg(draw, f"readers beside the ROC curve of {name}", (2.1, 2.0), unit=True)
             panels.append((name, f"{judged.count_below(evaluation, name)} readers below the curve", svg))
     return panels
 
 
-def _draw_forest(evaluation: Evaluation, axes: "Axes") -> None:
-    """A line from limit to limit for each finding, best first, then for the means."""
-    means = [row for row in (evaluation.get("auroc", mean) for mean in MEANS) if row.value]
-    rows = [row for row in (evaluation.get("auroc", label) for label in evaluation.labels) if row.value]
-    rows = [*sorted(rows, key=lambda row: -row.number), *means]
-    for place, row in enumerate(rows):
-        color = pages.INK if row in means else pages.FAINT if row.few else pages.FIRST
-        if row.low is not None and row.high is not None:
-            axes.plot([row.low, row.high], [place, place], color=color, linewidth=1.2)
-        axes.plot([row.number], [place], "D" if row in means else "o", color=color, markersize=4)
-    names = [judged.name_row(evaluation, str(row.label)) for row in rows]
-    axes.axvline(0.5, linestyle=":", color=pages.FAINT)
-    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set(xlabel="AUROC")
-    axes.tick_params(axis="y", length=0)
-
-
-def _draw_roc(curve: Curve, points: Sequence[Sequence[float | None]], style: Mapping[str, Any], axes: "Axes") -> None:
-    """The ROC curve, and points of sensitivity and specificity in a style of matplotlib."""
+def _draw_roc(
+    curve: Curve, points: Points, axes: "Axes", mark: str = "o", color: str = pages.SECOND, size: float = 4
+) -> None:
+    """The ROC curve, and marked points of sensitivity and specificity."""
     hits, alarms = curve.true_positives, curve.false_positives
     axes.plot([0, 1], [0, 1], ":", color=pages.FAINT)
     axes.plot([0, *alarms / alarms[-1]], [0, *hits / hits[-1]], color=pages.FIRST)
     for sensitivity, specificity in points:
         if sensitivity is not None and specificity is not None:
-            axes.plot(1 - specificity, sensitivity, **style)
+            axes.plot(1 - specificity, sensitivity, mark, color=color, markersize=size)
     axes.set(xlabel="1 − specificity", ylabel="sensitivity")
 
 

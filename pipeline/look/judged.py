@@ -1,9 +1,7 @@
 """An evaluation → its tables, for a terminal, a page and a card; each is a query of the rows."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pipeline.base.pages import show_count, show_figure
@@ -20,7 +18,7 @@ WIDENED = (
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
 SCORES = {"brier": "Brier", "brier_calibrated": "Brier, calibrated", "ece": "ECE", "ece_calibrated": "ECE, calibrated"}
 SIGNS = {"shown": " ✗", "partly": " !", "unclear": " ?"}  # of verdicts
-CHANGE = attrgetter("change")
+SHOWN, CHANGE = attrgetter("shown"), attrgetter("change")
 
 
 def show(row: Row) -> str:
@@ -28,12 +26,14 @@ def show(row: Row) -> str:
     return show_figure(row.value)
 
 
-def show_cells(side: str, row: Row) -> str:
-    """The positives or negatives of a finding; a mean has none."""
-    return "" if row.label in (*MEANS, COMMON) else show_count(getattr(row, side))
+def show_positives(row: Row) -> str:
+    """The positives of a finding; a mean has none."""
+    return "" if row.label in (*MEANS, COMMON) else show_count(row.positives)
 
 
-POSITIVES, NEGATIVES = (partial(show_cells, side) for side in ("positives", "negatives"))
+def show_negatives(row: Row) -> str:
+    """The negatives of a finding; a mean has none."""
+    return "" if row.label in (*MEANS, COMMON) else show_count(row.negatives)
 
 
 class Query(NamedTuple):
@@ -41,33 +41,27 @@ class Query(NamedTuple):
 
     heading: Heading
     metric: str
-    show: Callable[[Row], str] = attrgetter("shown")
+    show: Callable[[Row], str] = SHOWN
     group: str | None = None
     scorer: str | None = None
-    level: str | None = None
 
 
 def tabulate(
-    evaluation: Evaluation,
-    title: str,
-    labels: Sequence[str],
-    columns: Sequence[Query],
-    names: Mapping[str, str] = MappingProxyType({}),
-    **more: Any,
+    evaluation: Evaluation, title: str, names: Mapping[str, str], columns: Sequence[Query], level: str = "", **more: Any
 ) -> Table:
-    """A table with a line per label, named by `names` or unchanged; `more` are further fields of the Table."""
+    """A table with a line per label, the keys of `names`, at a level or the unit's; `more` are fields of the Table."""
     rows = []
-    for label in labels:
-        places = ((column.metric, label, column.level, column.group, column.scorer) for column in columns)
+    for label, name in names.items():
+        places = [(column.metric, label, level, column.group, column.scorer) for column in columns]
         cells = [column.show(evaluation.get(*place)) for column, place in zip(columns, places, strict=True)]
-        rows.append([names.get(label) or name_row(evaluation, label, columns[0].level), *cells])
-    means = sum(label in (*MEANS, COMMON) for label in labels)
+        rows.append([name, *cells])
+    means = sum(label in (*MEANS, COMMON) for label in names)
     return Table(title, ["label", *(column.heading for column in columns)], rows, means=means, **more)
 
 
-def name_row(evaluation: Evaluation, label: str, level: str | None = None) -> str:
-    """The name of a finding or a mean in tables, marked if it has few patients of a class."""
-    return mark_few(MEANS.get(label, label), evaluation.get("auroc", label, level))
+def name_rows(evaluation: Evaluation, labels: Iterable[str], level: str = "") -> dict[str, str]:
+    """The names of findings and means in tables, marked if they have few patients of a class."""
+    return {label: mark_few(MEANS.get(label, label), evaluation.get("auroc", label, level)) for label in labels}
 
 
 def mark_few(name: str, row: Row) -> str:
@@ -98,25 +92,24 @@ def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
 
 def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     """AUROC and AUPRC with limits, counts, Brier score and calibration error."""
-    shown = {name: metric for metric, name in SCORES.items() if any(evaluation.select(metric=metric))}
-    columns = [
-        *(Query(f"{metric.upper()} [95 %]", metric, level=level) for metric in AREAS),
-        Query("positives", "auroc", POSITIVES, level=level),
-        Query("negatives", "auroc", NEGATIVES, level=level),
-        *(Query(name, metric, show, level=level) for name, metric in shown.items()),
-    ]
-    return tabulate(evaluation, title, [*evaluation.labels, *MEANS], columns, kind="metrics")
+    columns = [Query(f"{metric.upper()} [95 %]", metric) for metric in AREAS]
+    columns += [Query("positives", "auroc", show_positives), Query("negatives", "auroc", show_negatives)]
+    columns += [Query(name, metric, show) for metric, name in SCORES.items() if any(evaluation.select(metric=metric))]
+    names = name_rows(evaluation, [*evaluation.labels, *MEANS], level)
+    return tabulate(evaluation, title, names, columns, level, kind="metrics")
 
 
 def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = False) -> Table:
     """Rates at the thresholds of a rule; in brief, sensitivity and specificity alone."""
-    at_least = evaluation.head["sensitivity"]
-    more = f" ≥ {at_least:g} on dev" if rule == "sensitivity" else "" if rule == GIVEN else " on dev"
-    columns = [Query("score ≥", "threshold", show, rule, level=level)]
-    columns += [Query(name, rate, group=rule, level=level) for rate, name in RATES.items()]
-    title = f"At the threshold of {TITLES[rule]}{more}, per {level}"
-    columns = columns[:3] if brief else columns
-    return tabulate(evaluation, title, evaluation.labels, columns, kind="rates", folded=not brief)
+    at_least = f" ≥ {evaluation.head['sensitivity']:g}" if rule == "sensitivity" else ""
+    title = f"At the threshold of {TITLES[rule]}{at_least}{'' if rule == GIVEN else ' on dev'}, per {level}"
+    columns = [
+        Query("score ≥", "threshold", show, rule),
+        *(Query(name, rate, SHOWN, rule) for rate, name in RATES.items()),
+    ]
+    names = name_rows(evaluation, evaluation.labels, level)
+    shown = columns[:3] if brief else columns
+    return tabulate(evaluation, title, names, shown, level, kind="rates", folded=not brief)
 
 
 def list_rules(evaluation: Evaluation) -> list[str]:
@@ -143,9 +136,8 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     columns.append(Query("TPR gap", "tpr_gap", lambda row: "" if row.label in MEANS else row.shown, variable))
     texts = {"Macro AUROC minus that of the first group": differences, "In no group": others}
     notes = [f"{text}: {', '.join(parts)}." for text, parts in texts.items() if parts]
-    names = {"macro": f"macro over {over} labels"}
-    labels = [*evaluation.labels, "macro"]
-    return tabulate(evaluation, f"By {variable}", labels, columns, names, notes=notes, kind="groups")
+    names = name_rows(evaluation, evaluation.labels) | {"macro": f"macro over {over} labels"}
+    return tabulate(evaluation, f"By {variable}", names, columns, notes=notes, kind="groups")
 
 
 def _show_area(row: Row) -> str:
@@ -184,9 +176,8 @@ def tabulate_verdicts(evaluation: Evaluation) -> Table:
 
 def tabulate_belief(evaluation: Evaluation) -> Table:
     """AUROC among images of equal covariates."""
-    names = {
-        str(row.label): f"{row.label}{SIGNS.get(str(row.group), '')}" for row in evaluation.select(metric="verdict")
-    }
+    verdicts = {str(row.label): str(row.group) for row in evaluation.select(metric="verdict")}
+    names = {label: f"{label}{SIGNS.get(mark, '')}" for label, mark in verdicts.items()}
     within = [row for row in evaluation.select(metric="auroc_within") if row.group and "=" not in row.group]
     variables = dict.fromkeys(row.group for row in within if row.group not in evaluation.labels)
 
@@ -197,13 +188,10 @@ def tabulate_belief(evaluation: Evaluation) -> Table:
     def show_known(row: Row) -> str:
         return "" if row.value is None else row.shown
 
-    columns = [
-        Query("AUROC [95 %]", "auroc"),
-        *(Query(f"within {name}", "auroc_within", show_known, name) for name in variables),
-        Query("balanced", "auroc_balanced"),
-        Query("within another label", "verdict", show_others),
-    ]
-    return tabulate(evaluation, "AUROC among images of equal covariates", [*names], columns, names, kind="belief")
+    columns = [Query("AUROC [95 %]", "auroc")]
+    columns += [Query(f"within {name}", "auroc_within", show_known, name) for name in variables]
+    columns += [Query("balanced", "auroc_balanced"), Query("within another label", "verdict", show_others)]
+    return tabulate(evaluation, "AUROC among images of equal covariates", names, columns, kind="belief")
 
 
 def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Table:
@@ -221,17 +209,18 @@ def tabulate_differences(evaluation: Evaluation, scorer: str, level: str) -> Tab
         return "yes" if row.excludes_zero else "no" if known else "–"
 
     columns = [
-        Query("AUROC", "auroc_difference", show_ours, None, scorer, level),
-        Query("the other's [95 %]", "auroc", scorer=scorer, level=level),
-        Query("difference [95 %]", "auroc_difference", CHANGE, None, scorer, level),
-        Query("excludes 0", "auroc_difference", show_sure, None, scorer, level),
-        Query("AUPRC difference [95 %]", "auprc_difference", CHANGE, None, scorer, level),
+        Query("AUROC", "auroc_difference", show_ours, None, scorer),
+        Query("the other's [95 %]", "auroc", SHOWN, None, scorer),
+        Query("difference [95 %]", "auroc_difference", CHANGE, None, scorer),
+        Query("excludes 0", "auroc_difference", show_sure, None, scorer),
+        Query("AUPRC difference [95 %]", "auprc_difference", CHANGE, None, scorer),
     ]
     common = len(labels) - len(MEANS)
     notes = [f"over the {common} labels that both have scores of"] if common < len(evaluation.labels) else []
     size = evaluation.get(UNITS[evaluation.unit], scorer=scorer).value
     notes += [f"over the {show_count(size)} {UNITS[evaluation.unit]} that both have scored"] if size else []
-    return tabulate(evaluation, f"Compared with {scorer}, per {level}", labels, columns, notes=notes, kind="against")
+    title, names = f"Compared with {scorer}, per {level}", name_rows(evaluation, labels, level)
+    return tabulate(evaluation, title, names, columns, level, notes=notes, kind="against")
 
 
 def tabulate_gain(evaluation: Evaluation) -> Table:
@@ -243,7 +232,7 @@ def tabulate_gain(evaluation: Evaluation) -> Table:
     columns = [Query(name, "auroc", show, None, scorer) for scorer, name in scorers.items()]
     columns.append(Query("gain [95 %]", "auroc_difference", CHANGE, None, MEMBERS))
     title = f"AUROC of the ensemble minus the mean of its members', per {evaluation.unit}"
-    return tabulate(evaluation, title, labels, columns, kind="gain")
+    return tabulate(evaluation, title, name_rows(evaluation, labels), columns, kind="gain")
 
 
 def tabulate_altered(evaluation: Evaluation) -> Table:
@@ -256,10 +245,10 @@ def tabulate_altered(evaluation: Evaluation) -> Table:
     for name in evaluation.head.get("altered", ()):
         columns.append(Query((name, "AUROC [95 %]"), "auroc", scorer=f"{ALTERED}{name}"))
         columns.append(Query((name, ""), "auroc", show_kept, scorer=f"{ALTERED}{name}"))
-    labels = [*evaluation.labels, evaluation.best_mean()]
-    labels = [label for label in labels if evaluation.get("auroc", label).value is not None]
+    labels = (*evaluation.labels, evaluation.best_mean())
+    names = name_rows(evaluation, [label for label in labels if evaluation.get("auroc", label).value is not None])
     notes = [f"Recognized: the AUROC stays above {KEPT}, by its lower limit."]
-    return tabulate(evaluation, "Sanity: the same images, altered", labels, columns, notes=notes, kind="sanity")
+    return tabulate(evaluation, "Sanity: the same images, altered", names, columns, notes=notes, kind="sanity")
 
 
 def is_kept(evaluation: Evaluation, row: Row) -> bool:
@@ -272,21 +261,18 @@ def tabulate_readers(evaluation: Evaluation) -> Table:
     """Each reader's rates, beside the sensitivity of the network's ROC curve at the reader's specificity."""
     columns = [Query("below the curve", "below", lambda row: count_below(evaluation, str(row.label)))]
     for reader in evaluation.head.get("readers", ()):
-        size = evaluation.get("studies", None, "study", scorer=reader).value
-        name = f"{reader} (n = {show_count(size)})"
-        for heading, metric, shown in (
-            ("positives", "sensitivity", POSITIVES),
-            ("negatives", "sensitivity", NEGATIVES),
-            ("sensitivity", "sensitivity", attrgetter("shown")),
-            ("specificity", "specificity", attrgetter("shown")),
-            ("network's sensitivity", "network", show),
-        ):
-            columns.append(Query((name, heading), metric, shown, None, reader, "study"))
+        name = f"{reader} (n = {show_count(evaluation.get('studies', None, 'study', scorer=reader).value)})"
+        columns += [
+            Query((name, "positives"), "sensitivity", show_positives, None, reader),
+            Query((name, "negatives"), "sensitivity", show_negatives, None, reader),
+            Query((name, "sensitivity"), "sensitivity", SHOWN, None, reader),
+            Query((name, "specificity"), "specificity", SHOWN, None, reader),
+            Query((name, "network's sensitivity"), "network", show, None, reader),
+        ]
     places = [row.value for row in evaluation.select(metric="below") if row.value is not None]
     notes = [f"below the curve: {sum(places):.0f} of {len(places)}, readers times labels"]
-    names = {label: label for label in evaluation.labels}
-    title = "Readers beside the ROC curve, per study"
-    return tabulate(evaluation, title, [*names], columns, names, notes=notes, kind="readers")
+    title, names = "Readers beside the ROC curve, per study", {label: label for label in evaluation.labels}
+    return tabulate(evaluation, title, names, columns, "study", notes=notes, kind="readers")
 
 
 def count_below(evaluation: Evaluation, label: str) -> str:
@@ -304,13 +290,13 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
     columns = []
     for name, group in {"these images": None, "the run's own valid": OWN}.items():
-        columns.append(Query((name, "positives"), "auroc", POSITIVES, group))
+        columns.append(Query((name, "positives"), "auroc", show_positives, group))
         columns.append(Query((name, "AUROC [95 %]"), "auroc", group=group))
     columns.append(Query("difference [95 %]", "auroc_difference", CHANGE, OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []
     notes += [WIDENED] if COMMON in names and differences[COMMON].note else []
     title = "AUROC on these images and on the run's own valid"
-    return tabulate(evaluation, title, [*names], columns, names, notes=notes, kind="elsewhere")
+    return tabulate(evaluation, title, names, columns, notes=notes, kind="elsewhere")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
