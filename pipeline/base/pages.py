@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    Draw = Callable[[Axes], None]
+
+Size = tuple[float, float]  # in inches
 INK, FAINT, FIRST, SECOND, THIRD, FOURTH, PAPER = "ink", "faint", "first", "second", "third", "fourth", "paper"
 POSITIVE, UNCERTAIN, NEGATIVE, BLANK = "positive", "uncertain", "negative", "blank"
 ON_STATE = "on-state"  # for text on the three colors above, not on blank's
@@ -58,11 +61,6 @@ def open_templates(package: str) -> "jinja2.Environment":
     return environment
 
 
-def render(package: str, template: str, **values: object) -> str:
-    """A template of a package with these values."""
-    return open_templates(package).get_template(template).render(**values)
-
-
 _folder: ContextVar[Path | None] = ContextVar("folder", default=None)
 
 
@@ -89,33 +87,34 @@ def _style(colors: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
-def _make_axes(inches: tuple[float, float], unit: bool, fitted: bool) -> "tuple[Figure, Axes]":
-    """A figure of that size with empty axes, as `draw_svg` describes them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained" if fitted else None)
-    # Room for tick labels and the axes' names, in points.
-    width, height, left = 72 * inches[0], 72 * inches[1], 33 if unit else 48
-    place = (left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height)
-    axes = figure.subplots() if fitted else figure.add_axes(place)
-    for patch in (figure.patch, axes.patch):
-        patch.set_visible(False)
-    if unit:
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
-        axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
-    return figure, axes
-
-
 class Panel:
-    """One pair of axes for several figures, one after the other: making them takes as long as drawing."""
+    """One pair of axes for several figures, one after the other: making them takes as long as drawing.
 
-    def __init__(self, inches: tuple[float, float], *, unit: bool = False, fitted: bool = False) -> None:
-        self.size, self.make = inches, partial(_make_axes, inches, unit, fitted)
+    `unit`: both axes from 0 to 1. `fitted`: with room for labels of any length, which takes twice the time.
+    """
+
+    def __init__(self, inches: Size, *, unit: bool = False, fitted: bool = False) -> None:
+        self.size, self.unit, self.fitted = inches, unit, fitted
         with _style(INKS):
-            self.figure, self.axes = self.make()
+            self.figure, self.axes = self._make()
 
-    def draw(self, draw: "Callable[[Axes], None]", description: str) -> Markup:
+    def _make(self) -> "tuple[Figure, Axes]":
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=self.size, layout="constrained" if self.fitted else None)
+        # Room for tick labels and the axes' names, in points.
+        width, height, left = 72 * self.size[0], 72 * self.size[1], 33 if self.unit else 48
+        place = (left / width, 30 / height, 1 - (left + 5) / width, 1 - 35 / height)
+        axes = figure.subplots() if self.fitted else figure.add_axes(place)
+        for patch in (figure.patch, axes.patch):
+            patch.set_visible(False)
+        if self.unit:
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+            axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+            axes.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
+        return figure, axes
+
+    def draw(self, draw: "Draw", description: str) -> Markup:
         """A figure as an SVG element for an HTML page, as wide as its container, by `draw` with colors of NAMED.
 
         The next figure clears its lines; limits and ticks stay unless `draw` sets them.
@@ -140,31 +139,21 @@ class Panel:
         size = f"0 0 {72 * self.size[0]:g} {72 * self.size[1]:g}"
         return Markup(f'<svg role="img" aria-label="{escape(description)}" viewBox="{size}">' + body)  # noqa: S704
 
-    def _save_picture(self, draw: "Callable[[Axes], None]", description: str, folder: Path) -> None:
+    def _save_picture(self, draw: "Draw", description: str, folder: Path) -> None:
         """Draw the figure with its description as title, in the style sheet's light colors, as a PNG."""
         style = files("pipeline.base").joinpath("templates/style.css").read_text()
         light = dict(reversed(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", style)))  # the first of each name
         name = re.sub(r"[^a-z0-9]+", "-", description.lower()).strip("-")
         with _style(light), atomic_file(folder / f"{name}.png") as file:
-            figure, axes = self.make()
+            figure, axes = self._make()
             figure.patch.set_visible(True)  # the page's is transparent, so that text would be drawn on itself
             draw(axes)
             axes.set_title(description, pad=6 if axes.get_legend() is None else 22)  # above a legend
             figure.savefig(file, format="png", dpi=200, facecolor="white", bbox_inches="tight")
 
 
-def draw_svg(
-    draw: "Callable[[Axes], None]",
-    description: str,
-    inches: tuple[float, float],
-    *,
-    unit: bool = False,
-    fitted: bool = False,
-) -> Markup:
-    """A figure of one pair of axes, as `Panel` draws it.
-
-    `unit`: both axes from 0 to 1. `fitted`: with room for labels of any length, which takes twice the time.
-    """
+def draw_svg(draw: "Draw", description: str, inches: Size, *, unit: bool = False, fitted: bool = False) -> Markup:
+    """A figure of one pair of axes, as `Panel` draws it."""
     return Panel(inches, unit=unit, fitted=fitted).draw(draw, description)
 
 

@@ -13,7 +13,7 @@ from itertools import groupby
 from markupsafe import Markup
 
 from pipeline.base.errors import printable
-from pipeline.base.pages import render
+from pipeline.base.pages import open_templates
 
 Heading = str | tuple[str, str]  # a column's, or that of some columns and each one's
 
@@ -67,16 +67,10 @@ class Table:
         groups = [(group, len(list(part))) for group, part in groupby(group for group, _ in columns)]
         starts = {sum(span for _, span in groups[:place]) for place in range(1, len(groups)) if groups[place][0]}
         first = len(self.rows) - self.means
-        page = render(
-            "pipeline.base",
-            "table.html",
-            table=self,
-            title=self.title if title is None else title,
-            groups=groups,
-            names=[name for _, name in columns],
-            starts=starts,
-            parts={"tbody": self.rows[:first], "tfoot": self.rows[first:]},
-        )
+        values = {"title": self.title if title is None else title, "names": [name for _, name in columns]}
+        parts = {"tbody": self.rows[:first], "tfoot": self.rows[first:]}
+        template = open_templates("pipeline.base").get_template("table.html")
+        page = template.render(values, table=self, groups=groups, starts=starts, parts=parts)
         return Markup(page.strip())  # noqa: S704 - each text is escaped
 
     def markdown(self) -> str:

@@ -53,7 +53,8 @@ def render_page(
         "methods": read_lines("methods"),
         **{"judged": judged, "means": MEANS, "units": UNITS, "draw_forest": draw_forest, "draw_curves": draw_curves},
     }
-    return pages.render("pipeline.look", "report.html", title=title, warning=WARNING, more=more, **values)
+    page = pages.open_templates("pipeline.look").get_template("report.html")
+    return page.render(title=title, warning=WARNING, more=more, **values)
 
 
 def read_lines(name: str) -> list[str]:

@@ -6,13 +6,12 @@ The page shows the numbers of `pipeline stats --format json`, for every grouping
 matplotlib version give the same bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from markupsafe import Markup
 
 from pipeline.base import pages
 from pipeline.base.errors import printable
@@ -37,46 +36,27 @@ def render_label_report(title: str, scope: str, report: Statistics, table: pa.Ta
     Groups are by every variable that splits the table into at least two.
     """
     counted = (count_groups(table, variable) for variable in NO_GROUP)
-    groups = [tabulate_shares(by) for by in counted if len(by["groups"]) > 1]
-    together = partial(draw_cooccurrence, counts=count_cooccurrence(table))
-    return pages.render(
-        "pipeline.look",
-        "labels.html",
-        title=title,
-        scope=scope,
-        report=report,
-        states=_draw(partial(draw_states, statistics=report), "share of images by state"),
-        heat_map_together=_draw(together, "co-occurrence", (6.6, 6.0)),
-        groups=groups,
-        counts=tabulate_counts(report),
-        policy=tabulate_policy(report["policy"]) if "policy" in report else None,
-        **_describe_audit(audit),
-    )
-
-
-def render_audit(title: str, scope: str, audit: Audit) -> str:
-    """The page of an audit alone; `scope` says what was audited."""
-    return pages.render("pipeline.look", "audit.html", title=title, scope=scope, **_describe_audit(audit))
-
-
-def _describe_audit(audit: Audit) -> dict[str, object]:
-    """The variables of audit-section.html."""
-    covariates = len({clue.covariate for clue in audit.clues})
-    size = (2.4 + 0.3 * covariates, 4.6)
-    draw = partial(draw_audit, audit=audit)
-    return {
-        "audit": audit,
-        "alarms": audit.describe_alarms(),
-        "table": tabulate_audit(audit),
-        "heat_map": _draw(draw, "how well covariates predict labels", size) if covariates else None,
+    states, together = partial(draw_states, report), partial(draw_cooccurrence, count_cooccurrence(table))
+    values = {
+        "states": pages.draw_svg(states, "share of images by state", (4.4, 4.0), fitted=True),
+        "heat_map_together": pages.draw_svg(together, "co-occurrence", (6.6, 6.0), fitted=True),
+        "groups": [tabulate_shares(by) for by in counted if len(by["groups"]) > 1],
+        "counts": tabulate_counts(report),
+        "policy": tabulate_policy(report["policy"]) if "policy" in report else None,
     }
+    return render_audit(title, scope, audit, "labels.html", report=report, **values)
 
 
-def _draw(draw: "Callable[[Axes], None]", description: str, inches: tuple[float, float] = (4.4, 4.0)) -> Markup:
-    return pages.draw_svg(draw, description, inches, fitted=True)
+def render_audit(title: str, scope: str, audit: Audit, page: str = "audit.html", **values: object) -> str:
+    """The page of an audit alone, or another with a section for it; `scope` says what was audited."""
+    covariates = len({clue.covariate for clue in audit.clues})
+    size, predicted = (2.4 + 0.3 * covariates, 4.6), "how well covariates predict labels"
+    heat_map = pages.draw_svg(partial(draw_audit, audit), predicted, size, fitted=True) if covariates else None
+    values |= {"audit": audit, "alarms": audit.describe_alarms(), "table": tabulate_audit(audit), "heat_map": heat_map}
+    return pages.open_templates("pipeline.look").get_template(page).render(title=title, scope=scope, **values)
 
 
-def draw_states(axes: "Axes", statistics: Statistics) -> None:
+def draw_states(statistics: Statistics, axes: "Axes") -> None:
     """One 100 % bar per label: its images by state, hatched if not annotated."""
     labels = statistics["labels"]
     rest = np.array([counts.get("not_annotated", 0) for counts in labels.values()])
@@ -84,16 +64,16 @@ def draw_states(axes: "Axes", statistics: Statistics) -> None:
     for state in STATES:
         shares = 100 * np.array([counts[state] for counts in labels.values()]) / statistics["images"]
         # Thin lines separate the states for readers who cannot tell their colors apart.
-        drawn: dict[str, Any] = {"color": COLORS[state], "edgecolor": pages.PAPER, "linewidth": 0.6}
-        bars = axes.barh(range(len(labels)), shares, left=left, height=0.82, label=state, **drawn)
+        line: dict[str, Any] = {"color": COLORS[state], "edgecolor": pages.PAPER, "linewidth": 0.6}
+        bars = axes.barh(range(len(labels)), shares, left=left, height=0.82, label=state, **line)
         texts = [f"{share:.0f}" if share >= NAMED_SHARE else "" for share in shares]
         text_color = pages.INK if state == "blank" else pages.ON_STATE
         axes.bar_label(bars, texts, label_type="center", fontsize=8, color=text_color)
         left += shares
     if rest.any():
-        hatched: dict[str, Any] = {"facecolor": "none", "edgecolor": pages.BLANK, "hatch": "////", "linewidth": 0.6}
+        hatch: dict[str, Any] = {"facecolor": "none", "edgecolor": pages.BLANK, "hatch": "////", "linewidth": 0.6}
         shares = 100 * rest / statistics["images"]
-        axes.barh(range(len(labels)), shares, left=left, height=0.82, label="not annotated", **hatched)
+        axes.barh(range(len(labels)), shares, left=left, height=0.82, label="not annotated", **hatch)
     axes.set(xlim=(0, 100), ylim=(len(labels) - 0.5, -0.5), xlabel="share of images (%)")
     axes.set_yticks(range(len(labels)), labels=list(labels))
     axes.tick_params(axis="y", length=0)
@@ -102,7 +82,7 @@ def draw_states(axes: "Axes", statistics: Statistics) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4 + bool(rest.any()), **legend)  # above
 
 
-def draw_cooccurrence(axes: "Axes", counts: Floats) -> None:
+def draw_cooccurrence(counts: Floats, axes: "Axes") -> None:
     """P(column | row) in percent, as a number and as strength of color, from `count_cooccurrence`.
 
     The diagonal, always 100, and rows without positives are left out.
@@ -113,7 +93,7 @@ def draw_cooccurrence(axes: "Axes", counts: Floats) -> None:
     _draw_cells(axes, shares, [[f"{100 * share:.0f}" for share in row] for row in shares], LABELS, LABELS)
 
 
-def draw_audit(axes: "Axes", audit: Audit) -> None:
+def draw_audit(audit: Audit, axes: "Axes") -> None:
     """How well each covariate predicts each label: max(AUROC, 1 - AUROC), colored from .5 up; ! marks an alarm."""
     kinds: dict[str, str] = {}  # of each covariate: the first in KINDS, since some are content only for some labels
     for kind in KINDS:
@@ -142,11 +122,9 @@ def _draw_cells(
     from matplotlib.patches import Rectangle  # slow to load, and a terminal shows counts, too
 
     for (y, x), share in np.ndenumerate(shares):
-        left_out = np.isnan(share)
-        color = pages.BLANK if left_out else (pages.FIRST, STRENGTH * share)
-        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=pages.PAPER, linewidth=0.6)
-        axes.add_patch(cell)
-        if not left_out:
+        color = pages.BLANK if np.isnan(share) else (pages.FIRST, STRENGTH * share)
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor=pages.PAPER, linewidth=0.6))
+        if not np.isnan(share):
             axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=8, color=pages.INK)
     axes.set_xticks(range(len(columns)), labels=[name.replace("$", r"\$") for name in columns], rotation=90)
     axes.set_yticks(range(len(rows)), labels=rows)
@@ -159,20 +137,18 @@ def tabulate_counts(report: Statistics) -> Table:
     """The four states of each label."""
     columns = ["label", "positive", "uncertain", "negative", "blank"]
     columns += ["not annotated"] if any("not_annotated" in row for row in report["labels"].values()) else []
-    rows = []
-    for label, counts in report["labels"].items():
-        *states, share = counts.values()
-        rows.append([label, *(f"{count:,}" for count in states), _percent(share)])
+    counted = ((label, *counts.values()) for label, counts in report["labels"].items())
+    rows = [[label, *(f"{count:,}" for count in states), _percent(share)] for label, *states, share in counted]
     totals = ", ".join(f"{report[unit]:,} {unit}" for unit in ("images", "studies", "patients"))
     return Table(totals, [*columns, "positive %"], rows, kind="counts")
 
 
 def tabulate_shares(groups: Statistics) -> Table:
     """The share of positives in each group."""
-    columns = ["label", *(f"{name} (n = {group['images']:,})" for name, group in groups["groups"].items())]
+    parts = groups["groups"]
+    columns = ["label", *(f"{name} (n = {part['images']:,})" for name, part in parts.items())]
     rows = [
-        [label, *(_percent(group["labels"][label]["share_positive"]) for group in groups["groups"].values())]
-        for label in LABELS
+        [label, *(_percent(part["labels"][label]["share_positive"]) for part in parts.values())] for label in LABELS
     ]
     return Table(f"positive % by {groups['variable']}", columns, rows, kind="groups")
 
@@ -180,25 +156,21 @@ def tabulate_shares(groups: Statistics) -> Table:
 def tabulate_policy(policies: Statistics) -> Table:
     """The targets of each label under policies."""
     columns = ["label", "uncertain", "positives", "negatives", "open", "masked", "mean target", "pos. weight"]
-    rows = [
-        [
-            label,
-            row["policy"],
-            *(f"{count:,}" for count in (row["positives"], row["negatives"], row["open"], row["masked"])),
-            *(pages.show_figure(figure) for figure in (row["mean_target"], row["pos_weight"])),
-        ]
-        for label, row in policies["labels"].items()
-    ]
+    rows = []
+    for label, row in policies["labels"].items():
+        counts = [f"{row[name]:,}" for name in ("positives", "negatives", "open", "masked")]
+        rows.append(
+            [label, row["policy"], *counts, *(pages.show_figure(row[name]) for name in ("mean_target", "pos_weight"))]
+        )
     return Table(f"under the policies below, and {policies['blank']} for blank", columns, rows, kind="policy")
 
 
 def print_report(report: Statistics) -> None:
     """Print the counts per label, and a table for each requested section."""
     tabulate_counts(report).print()
-    if "by" in report:
-        tabulate_shares(report["by"]).print()
-    if "policy" in report:
-        tabulate_policy(report["policy"]).print()
+    for section, tabulate in (("by", tabulate_shares), ("policy", tabulate_policy)):
+        if section in report:
+            tabulate(report[section]).print()
 
 
 def print_audit(audit: Audit) -> None:
@@ -228,11 +200,8 @@ def tabulate_audit(audit: Audit) -> Table:
         if content := kinds.get("content"):
             cells[5:] = shorten(content.strength), content.covariate
         rows.append([label, *cells])
-    alarms = sum(clue.alarm for clue in audit.clues)
-    title = (
-        f"{audit.size}; alarms (!): {alarms}\nof {len(audit.clues)} tests, those whose lower limit, adjusted by Holm's "
-        f"method at level {audit.level}, is above {audit.threshold}"
-    )
+    tests = f"of {len(audit.clues)} tests, those whose lower limit, adjusted by Holm's method at level {audit.level}"
+    title = f"{audit.size}; alarms (!): {sum(clue.alarm for clue in audit.clues)}\n{tests}, is above {audit.threshold}"
     return Table(title, columns, rows, kind="audit", folded=True)
 
 

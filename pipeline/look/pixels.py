@@ -8,10 +8,9 @@ brightness, not anatomy. (The test of Maguolo and Nanni, A critic evaluation of 
 from X-ray images, 2021.)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import cv2
 import numpy as np
@@ -97,18 +96,13 @@ def measure_content(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
     }
 
 
-def cover_center(level: int, images: Images) -> Images:
-    """The images with the central box, `CENTER` of each side, set to one gray level."""
-    covered = images.copy()
-    covered[_center(images)] = level
-    return covered
-
-
-def cover_border(level: int, images: Images) -> Images:
-    """The images with everything except the central box set to one gray level."""
-    covered = np.full_like(images, level)
-    covered[_center(images)] = images[_center(images)]
-    return covered
+def cover(center: bool, level: int, images: Images) -> Images:
+    """The images with the central box, `CENTER` of each side, or all but that box, set to one gray level."""
+    height, width = images.shape[2:]
+    top, left = (round(side * (1 - CENTER) / 2) for side in (height, width))
+    covered = np.full((height, width), not center)
+    covered[top : height - top, left : width - left] = center
+    return np.where(covered, np.uint8(level), images)
 
 
 def shuffle_patches(level: int, images: Images) -> Images:
@@ -123,15 +117,12 @@ def shuffle_patches(level: int, images: Images) -> Images:
     return shuffled
 
 
-ALTERATIONS: Mapping[str, Callable[[int, Images], Images]] = MappingProxyType(
-    {"center covered": cover_center, "center alone": cover_border, "patches shuffled": shuffle_patches}
-)
+ALTERATIONS: dict[str, Callable[[int, Images], Images]] = {
+    "center covered": partial(cover, True),
+    "center alone": partial(cover, False),
+    "patches shuffled": shuffle_patches,
+}
 
 
 def _concatenate(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _center(images: Images) -> tuple[Any, ...]:
-    margins = (round(side * (1 - CENTER) / 2) for side in images.shape[2:])
-    return (..., *(slice(margin, side - margin) for side, margin in zip(images.shape[2:], margins, strict=True)))

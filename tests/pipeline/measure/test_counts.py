@@ -113,7 +113,7 @@ def test_bars_show_the_numbers_and_hatch_what_is_not_annotated(chexpert: Path) -
     column = table.schema.get_field_index("Fracture")
     table = table.set_column(column, "Fracture", pa.array([NOT_ANNOTATED] * len(table), pa.int8()))
     statistics, axes = count_labels(table), Panel((4, 4)).axes
-    draw_states(axes, statistics)
+    draw_states(statistics, axes)
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     for state, row in zip(("positive", "uncertain", "negative", "blank"), widths[:4], strict=True):
         assert row == pytest.approx([100 * counts[state] / 48 for counts in statistics["labels"].values()])
@@ -127,7 +127,7 @@ def test_heat_map_shows_the_share_of_the_row(chexpert: Path) -> None:
     frame = (table.to_pandas()[list(LABELS)] == 1).astype(int)
     shares = 100 * (frame.T @ frame).div(frame.sum(), axis=0)
     axes = Panel((4, 4)).axes
-    draw_cooccurrence(axes, count_cooccurrence(table))
+    draw_cooccurrence(count_cooccurrence(table), axes)
     shown = {text.get_position(): text.get_text() for text in axes.texts}
     pairs = ((x, y) for x in range(len(LABELS)) for y in range(len(LABELS)) if x != y)
     assert shown == {(x, y): f"{shares.iloc[y, x]:.0f}" for x, y in pairs}
