@@ -18,6 +18,7 @@ WIDENED = (
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV", "f1": "F1"}
 SCORES = {"brier": "Brier", "brier_calibrated": "Brier, calibrated", "ece": "ECE", "ece_calibrated": "ECE, calibrated"}
 SIGNS = {"shown": " ✗", "partly": " !", "unclear": " ?"}  # of verdicts
+SIDES = ("positives", "negatives")
 SHOWN, CHANGE = attrgetter("shown"), attrgetter("change")
 
 
@@ -26,14 +27,9 @@ def show(row: Row) -> str:
     return show_figure(row.value)
 
 
-def show_positives(row: Row) -> str:
-    """The positives of a finding; a mean has none."""
-    return "" if row.label in (*MEANS, COMMON) else show_count(row.positives)
-
-
-def show_negatives(row: Row) -> str:
-    """The negatives of a finding; a mean has none."""
-    return "" if row.label in (*MEANS, COMMON) else show_count(row.negatives)
+def count(side: str) -> Callable[[Row], str]:
+    """How the positives or negatives of a finding are shown; a mean has none."""
+    return lambda row: "" if row.label in (*MEANS, COMMON) else show_count(getattr(row, side))
 
 
 class Query(NamedTuple):
@@ -50,11 +46,11 @@ def tabulate(
     evaluation: Evaluation, title: str, names: Mapping[str, str], columns: Sequence[Query], level: str = "", **more: Any
 ) -> Table:
     """A table with a line per label, the keys of `names`, at a level or the unit's; `more` are fields of the Table."""
-    rows = []
-    for label, name in names.items():
-        places = [(column.metric, label, level, column.group, column.scorer) for column in columns]
-        cells = [column.show(evaluation.get(*place)) for column, place in zip(columns, places, strict=True)]
-        rows.append([name, *cells])
+
+    def show_cell(label: str, column: Query) -> str:
+        return column.show(evaluation.get(column.metric, label, level, column.group, column.scorer))
+
+    rows = [[name, *(show_cell(label, column) for column in columns)] for label, name in names.items()]
     means = sum(label in (*MEANS, COMMON) for label in names)
     return Table(title, ["label", *(column.heading for column in columns)], rows, means=means, **more)
 
@@ -93,7 +89,7 @@ def tabulate_auroc(evaluations: Sequence[Evaluation]) -> Table:
 def tabulate_metrics(evaluation: Evaluation, level: str, title: str) -> Table:
     """AUROC and AUPRC with limits, counts, Brier score and calibration error."""
     columns = [Query(f"{metric.upper()} [95 %]", metric) for metric in AREAS]
-    columns += [Query("positives", "auroc", show_positives), Query("negatives", "auroc", show_negatives)]
+    columns += [*(Query(side, "auroc", count(side)) for side in SIDES)]
     columns += [Query(name, metric, show) for metric, name in SCORES.items() if any(evaluation.select(metric=metric))]
     names = name_rows(evaluation, [*evaluation.labels, *MEANS], level)
     return tabulate(evaluation, title, names, columns, level, kind="metrics")
@@ -103,13 +99,10 @@ def tabulate_rates(evaluation: Evaluation, level: str, rule: str, brief: bool = 
     """Rates at the thresholds of a rule; in brief, sensitivity and specificity alone."""
     at_least = f" ≥ {evaluation.head['sensitivity']:g}" if rule == "sensitivity" else ""
     title = f"At the threshold of {TITLES[rule]}{at_least}{'' if rule == GIVEN else ' on dev'}, per {level}"
-    columns = [
-        Query("score ≥", "threshold", show, rule),
-        *(Query(name, rate, SHOWN, rule) for rate, name in RATES.items()),
-    ]
+    rates = [Query(name, rate, SHOWN, rule) for rate, name in RATES.items()]
+    columns = [Query("score ≥", "threshold", show, rule), *rates[: 2 if brief else None]]
     names = name_rows(evaluation, evaluation.labels, level)
-    shown = columns[:3] if brief else columns
-    return tabulate(evaluation, title, names, shown, level, kind="rates", folded=not brief)
+    return tabulate(evaluation, title, names, columns, level, kind="rates", folded=not brief)
 
 
 def list_rules(evaluation: Evaluation) -> list[str]:
@@ -119,6 +112,14 @@ def list_rules(evaluation: Evaluation) -> list[str]:
 
 def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     """AUROC and TPR of each group of a variable, and the gap of TPR."""
+
+    def show_area(row: Row) -> str:
+        few = f"{show_count(row.positives)} positives, {show_count(row.negatives)} negatives (few)"
+        return few if row.few else row.shown
+
+    def show_tpr(row: Row) -> str:
+        return "" if row.label in MEANS else row.shown if (row.positives or 0) >= 10 else "–"
+
     columns, differences, others, over = list[Query](), list[str](), list[str](), 0
     for row in evaluation.select(metric="images", label=None):
         owner, _, name = str(row.group).partition("=")
@@ -128,8 +129,8 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
             others.append(f"{name} {show_count(row.value)}")
             continue
         heading = f"{name} (n = {show_count(row.value)})"
-        columns.append(Query((heading, "AUROC"), "auroc", _show_area, row.group))
-        columns.append(Query((heading, "TPR"), "tpr", _show_tpr, row.group))
+        columns += [Query((heading, "AUROC"), "auroc", show_area, row.group)]
+        columns += [Query((heading, "TPR"), "tpr", show_tpr, row.group)]
         macro, less = (evaluation.get(metric, "macro", group=row.group) for metric in ("auroc", "auroc_less_first"))
         over = len(macro.note.split(", ")) if macro.note else 0
         differences += [] if less.value is None else [f"{name} {less.change}"]
@@ -138,15 +139,6 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
     notes = [f"{text}: {', '.join(parts)}." for text, parts in texts.items() if parts]
     names = name_rows(evaluation, evaluation.labels) | {"macro": f"macro over {over} labels"}
     return tabulate(evaluation, f"By {variable}", names, columns, notes=notes, kind="groups")
-
-
-def _show_area(row: Row) -> str:
-    few = f"{show_count(row.positives)} positives, {show_count(row.negatives)} negatives (few)"
-    return few if row.few else row.shown
-
-
-def _show_tpr(row: Row) -> str:
-    return "" if row.label in MEANS else row.shown if (row.positives or 0) >= 10 else "–"
 
 
 def list_groups(evaluation: Evaluation) -> list[Table]:
@@ -170,8 +162,8 @@ def list_open_gaps(evaluation: Evaluation) -> list[str]:
 
 def tabulate_verdicts(evaluation: Evaluation) -> Table:
     """The shortcut verdict on each AUROC, as a sentence."""
-    title = f"Does the model rely on shortcuts? AUROC on {evaluation.split}"
-    return Table(title, [""], [[text] for _, text in list_verdicts(evaluation)])
+    rows = [[text] for _, text in list_verdicts(evaluation)]
+    return Table(f"Does the model rely on shortcuts? AUROC on {evaluation.split}", [""], rows)
 
 
 def tabulate_belief(evaluation: Evaluation) -> Table:
@@ -263,10 +255,8 @@ def tabulate_readers(evaluation: Evaluation) -> Table:
     for reader in evaluation.head.get("readers", ()):
         name = f"{reader} (n = {show_count(evaluation.get('studies', None, 'study', scorer=reader).value)})"
         columns += [
-            Query((name, "positives"), "sensitivity", show_positives, None, reader),
-            Query((name, "negatives"), "sensitivity", show_negatives, None, reader),
-            Query((name, "sensitivity"), "sensitivity", SHOWN, None, reader),
-            Query((name, "specificity"), "specificity", SHOWN, None, reader),
+            *(Query((name, side), "sensitivity", count(side), None, reader) for side in SIDES),
+            *(Query((name, rate), rate, SHOWN, None, reader) for rate in ("sensitivity", "specificity")),
             Query((name, "network's sensitivity"), "network", show, None, reader),
         ]
     places = [row.value for row in evaluation.select(metric="below") if row.value is not None]
@@ -290,7 +280,7 @@ def tabulate_own(evaluation: Evaluation) -> Table:
     names |= {COMMON: f"mean of these {over}, ≥ 10 patients in both"} if COMMON in names else {}
     columns = []
     for name, group in {"these images": None, "the run's own valid": OWN}.items():
-        columns.append(Query((name, "positives"), "auroc", show_positives, group))
+        columns.append(Query((name, "positives"), "auroc", count("positives"), group))
         columns.append(Query((name, "AUROC [95 %]"), "auroc", group=group))
     columns.append(Query("difference [95 %]", "auroc_difference", CHANGE, OWN))
     notes = [str(evaluation.head["own"])] if evaluation.head.get("own") else []
@@ -354,7 +344,7 @@ def describe_gaps(evaluation: Evaluation) -> list[str]:
             elif row.value is None and label in unannotated:
                 text = "not annotated by this data set, so no figures, and in no mean."
             elif row.value is None:
-                lacking = " and ".join(side for side in ("positives", "negatives") if not getattr(row, side))
+                lacking = " and ".join(side for side in SIDES if not getattr(row, side))
                 text = f"no {lacking}, so no AUROC, no AUPRC, and in no mean."
             lines += [f"{MEANS.get(label, label)}, {UNITS[level]}: {text}"] if text else []
         for row in evaluation.select(metric="bias", level=level):
