@@ -33,28 +33,18 @@ ALLOWED = {
     "pipeline.look": {*READING, "pipeline.stream"},
     "pipeline.judging": {*READING, "pipeline.sources", "pipeline.stream", "pipeline.look"},
     "pipeline.console": {"pipeline.base"},
-    "pipeline.command": {"pipeline.base", "pipeline.console"},
     "pipeline.cli": {
         *READING,
-        *(
-            f"pipeline.{name}"
-            for name in ("console", "command", "sources", "synthetic", "etl", "stream", "look", "judging")
-        ),
+        *(f"pipeline.{name}" for name in ("console", "sources", "synthetic", "etl", "stream", "look", "judging")),
     },
     "model": {"pipeline.base", "pipeline.labels"},
-    "model.runs": {*READING, *(f"pipeline.{name}" for name in ("console", "command", "stream", "look")), "model"},
+    "model.runs": {*READING, *(f"pipeline.{name}" for name in ("console", "stream", "look")), "model"},
     "train": {*READING, "pipeline.console", "pipeline.stream", "pipeline.look", "model", "model.runs"},
 }
 # Heavy packages, and the modules that may import them: all else starts fast, and works without them.
 IMPORTERS = {
     "torch": ("model", "train", "pipeline.stream.loader"),
-    "click": (
-        "pipeline.cli",
-        "pipeline.command",
-        "pipeline.console",
-        "model.runs.commands",
-        "model.runs.score_commands",
-    ),
+    "click": ("pipeline.cli", "pipeline.console", "model.runs.commands", "model.runs.score_commands"),
 }
 
 

@@ -19,10 +19,8 @@ from model.runs.score_commands import TRAIN, Place, print_run, repeat
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
-from pipeline.base.pages import pictures
-from pipeline.base.tabular import Table
-from pipeline.command import FILE, Fields, Several, command, pictures_option
-from pipeline.console import count_of, echo, refuse_usage, say_next
+from pipeline.base.pages import Table, pictures
+from pipeline.console import FILE, Fields, Several, command, count_of, echo, pictures_option, refuse_usage, say_next
 
 if TYPE_CHECKING:
     from model.runs.run import Run

@@ -19,8 +19,7 @@ from model.runs.report import define_settings
 from model.runs.run import Run, open_rows
 from pipeline.base.errors import DataError
 from pipeline.base.files import write_atomically, write_json
-from pipeline.base.pages import draw_svg, open_templates, show_figure, show_limits
-from pipeline.base.tabular import Table
+from pipeline.base.pages import Table, draw_svg, open_templates, show_figure, show_limits
 from pipeline.labels import LABELS
 from pipeline.measure.delong import Areas, combine, measure_areas, subtract, weigh_labels
 from pipeline.measure.metrics import Figure, count_classes

@@ -28,8 +28,7 @@ from model.runs.predictor import EVALUATION_BATCH, Network, load_network, start_
 from model.runs.run import Run, open_images, open_rows, read_batches
 from pipeline.base.errors import DataError
 from pipeline.base.files import atomic_file
-from pipeline.base.pages import show_figure, show_limits
-from pipeline.base.tabular import Table
+from pipeline.base.pages import Table, show_figure, show_limits
 from pipeline.console import progress_bar
 from pipeline.images import Gray, ImageOptions, decode_stored, prepare, resize
 from pipeline.labels import LABELS

@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from model.runs.config import Config, name_choice
 from model.runs.folder import describe_start
-from pipeline.base.pages import FIRST, SECOND, THIRD, draw_svg, render, show_setting
-from pipeline.base.tabular import Table, show_cell
+from pipeline.base.pages import FIRST, SECOND, THIRD, Table, draw_svg, render, show_cell, show_setting
 from pipeline.labels import LABELS
 from pipeline.look.judge_report import Section, render_card, render_page
 from pipeline.measure.evaluate import Scored

@@ -18,8 +18,20 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
-from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, Fields, command, pictures_option
-from pipeline.console import count_of, echo, refuse_usage, say, say_next
+from pipeline.console import (
+    EXISTING,
+    EXISTING_FILE,
+    FILE,
+    FOLDER,
+    Fields,
+    command,
+    count_of,
+    echo,
+    pictures_option,
+    refuse_usage,
+    say,
+    say_next,
+)
 from pipeline.labels import MOST_VIEWS
 from pipeline.measure.calibration import RULES, Calibration, Fit, apply_calibration, read_fit
 

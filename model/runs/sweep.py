@@ -37,7 +37,7 @@ from model.runs.run import Run
 from pipeline.base import pages
 from pipeline.base.errors import DataError, describe_difference
 from pipeline.base.files import locked, named_writes, read_object, write_atomically, write_csv, write_json
-from pipeline.base.tabular import Table
+from pipeline.base.pages import Table
 from pipeline.console import count_of, echo, say, say_once, show_left
 from pipeline.measure.delong import average, measure_areas, subtract, weigh_labels
 from pipeline.measure.evaluate import Scored

@@ -2,7 +2,7 @@
 
     lr: float = option(1e-4, "Peak learning rate.", low=0, open=True)
 
-Commands (by `pipeline.command.with_options`), the check of config.json, sweeps and the page of options (make docs) are
+Commands (by `pipeline.console.command`), the check of config.json, sweeps and the page of options (make docs) are
 generated from these fields.
 """
 

@@ -12,8 +12,20 @@ from pipeline.base.files import format_csv, write_atomically
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
 from pipeline.base.workers import count_cpus
-from pipeline.command import EXISTING, EXISTING_FILE, FILE, FOLDER, PathOrUrl, command, pictures_option
-from pipeline.console import echo, progress_bar, refuse_usage, say, say_next
+from pipeline.console import (
+    EXISTING,
+    EXISTING_FILE,
+    FILE,
+    FOLDER,
+    PathOrUrl,
+    command,
+    echo,
+    pictures_option,
+    progress_bar,
+    refuse_usage,
+    say,
+    say_next,
+)
 from pipeline.judging import Judging
 from pipeline.labels import VIEWS
 from pipeline.look.label_report import print_report

@@ -16,8 +16,18 @@ from pipeline.base.options import option
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
-from pipeline.command import FOLDER, PathOrUrl, command
-from pipeline.console import count_of, echo, name_options, progress_bar, refuse_usage, say, say_next
+from pipeline.console import (
+    FOLDER,
+    PathOrUrl,
+    command,
+    count_of,
+    echo,
+    name_options,
+    progress_bar,
+    refuse_usage,
+    say,
+    say_next,
+)
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.etl.writing import Options, preview_split
 from pipeline.images import DOUBTS

@@ -13,8 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.base import pages
-from pipeline.base.pages import Panel, draw_svg, show_count, show_figure
-from pipeline.base.tabular import show_cell
+from pipeline.base.pages import Panel, draw_svg, show_cell, show_count, show_figure
 from pipeline.look import judged
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.evaluate import Scored, study_level

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from pipeline.base.pages import show_count, show_figure
-from pipeline.base.tabular import Heading, Table
+from pipeline.base.pages import Heading, Table, show_count, show_figure
 from pipeline.measure.evaluate import ALTERED, AREAS, GIVEN, KEPT, MEMBERS
 from pipeline.measure.evaluation import COMMON, MEANS, OWN, UNITS, Evaluation, Row
 from pipeline.measure.metrics import FEW

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from pipeline.base import pages
 from pipeline.base.errors import printable
-from pipeline.base.tabular import Table
+from pipeline.base.pages import Table
 from pipeline.labels import LABELS, STATES
 from pipeline.measure.audit import Audit, Clue, shorten
 from pipeline.measure.counts import NO_GROUP, Statistics, count_cooccurrence, count_groups

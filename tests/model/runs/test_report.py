@@ -10,8 +10,7 @@ from PIL import Image
 
 from model.runs.config import Config
 from model.runs.report import draw_training, render_model_card, render_report
-from pipeline.base.pages import pictures, show_setting
-from pipeline.base.tabular import Table
+from pipeline.base.pages import Table, pictures, show_setting
 from pipeline.look import judged
 from pipeline.measure import evaluate
 from pipeline.measure.belief import add_belief
