@@ -35,12 +35,9 @@ def test_a_sigterm_that_a_finalizer_swallows_ends_the_next_progress() -> None:
     assert "Exception ignored" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(59, ""), (60, "  1 min left"), (5399, "  90 min left"), (5400, "  1.5 h left"), (36000, "  10.0 h left")],
-)
-def test_time_left_is_said_from_a_minute_on(seconds: float, said: str) -> None:
-    assert console.show_left(seconds) == said
+def test_time_left_is_said_from_a_minute_on() -> None:
+    lines = {59: "", 60: "  1 min left", 5399: "  90 min left", 5400: "  1.5 h left", 36000: "  10.0 h left"}
+    assert {seconds: console.show_left(seconds) for seconds in lines} == lines
 
 
 def test_plain_progress_says_the_time_left_at_the_pace_of_this_start(
@@ -57,14 +54,11 @@ def test_plain_progress_says_the_time_left_at_the_pace_of_this_start(
 def test_the_next_command_can_be_typed_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said() -> str:
-        console.say_next("pipeline", "verify", "my shards", "--deep")
-        return capsys.readouterr().err
-
-    assert said() == "next: pipeline verify 'my shards' --deep\n"
-    monkeypatch.setenv("PATH", str(tmp_path))  # an environment that is not activated
     monkeypatch.chdir(PIPELINE.parents[2])
-    assert said() == f"next: {PIPELINE.relative_to(Path.cwd())} verify 'my shards' --deep\n"
+    for path, program in ((PIPELINE.parent, "pipeline"), (tmp_path, PIPELINE.relative_to(Path.cwd()))):
+        monkeypatch.setenv("PATH", str(path))  # the second is an environment that is not activated
+        console.say_next("pipeline", "verify", "my shards", "--deep")
+        assert capsys.readouterr().err == f"next: {program} verify 'my shards' --deep\n"
 
 
 FULL_SHM = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && head -c 4096 /dev/zero > /dev/shm/full && exec "$@"'

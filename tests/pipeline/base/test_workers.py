@@ -3,13 +3,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline import DataError
 from pipeline.base.workers import report_item, run_alone, run_tasks
-from tests.conftest import REPOSITORY, start
+from tests.conftest import REPOSITORY, refused, start
 
 Task = tuple[Path, int]
 
@@ -19,19 +20,16 @@ def square(task: Task) -> int:
     return task[1] ** 2
 
 
-def die_the_first_time(task: Task) -> int:
-    folder, number = task
-    report_item()
-    if number == 5 and not (folder / "died").exists():
-        (folder / "died").touch()
+def die_once(task: Task) -> int:
+    if task[1] == 5 and not (task[0] / "died").exists():
+        (task[0] / "died").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return number**2
+    return square(task)
 
 
 def always_die(task: Task) -> int:
-    if task[1] == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task[1] ** 2
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
 
 
 def fail(task: Task) -> int:
@@ -46,33 +44,23 @@ def sleep_in_steps(task: Task) -> int:
     return 0
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_every_task_is_done_once_and_counted(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("function", "workers"), [(square, 1), (square, 3), (die_once, 2)])
+def test_every_task_is_done_once_and_counted(tmp_path: Path, function: Callable[[Task], int], workers: int) -> None:
+    """Also if a worker is killed."""
     ticks: list[int] = []
-    results = list(run_tasks(square, [(tmp_path, number) for number in range(20)], workers, ticks.append))
+    results = list(run_tasks(function, [(tmp_path, number) for number in range(20)], workers, ticks.append))
     assert sorted(results) == [number**2 for number in range(20)]
     assert ticks == sorted(ticks)
     assert ticks[-1] <= 20
 
 
-def test_a_killed_worker_does_not_end_the_run(tmp_path: Path) -> None:
-    ticks: list[int] = []
-    tasks = [(tmp_path, number) for number in range(20)]
-    results = list(run_tasks(die_the_first_time, tasks, 2, ticks.append))
-    assert sorted(results) == [number**2 for number in range(20)]
-    assert ticks == sorted(ticks)
-
-
-def test_a_task_that_kills_its_worker_twice_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r", 5\): its process was killed; is there enough memory\?$"):
-        list(run_tasks(always_die, [(tmp_path, number) for number in range(20)], 2))
-
-
-def test_an_error_reaches_the_caller(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^task 7 failed$"):
-        list(run_tasks(fail, [(tmp_path, 7)], 2))
-    with pytest.raises(DataError, match=r"^task 7 failed$"):
-        run_alone(fail, (tmp_path, 7))
+def test_an_error_and_a_task_that_kills_its_worker_twice_reach_the_caller(tmp_path: Path) -> None:
+    killed = f"{(tmp_path, 5)}: its process was killed; is there enough memory?"
+    for function, message in ((always_die, killed), (fail, "task 5 failed")):
+        with refused(message):
+            list(run_tasks(function, [(tmp_path, 5)], 2))
+        with refused(message):
+            run_alone(function, (tmp_path, 5))
 
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
