@@ -16,11 +16,12 @@ from model.names import check_arch, published
 from model.runs import score_commands
 from model.runs.config import SCORED_BY, TRAINED_BY, Config, Setup, check_options, check_runs, is_finished, read_config
 from model.runs.score_commands import TRAIN, Place, print_run, repeat
+from pipeline import console
 from pipeline.base.errors import needs
 from pipeline.base.files import check_folder
 from pipeline.base.options import option
 from pipeline.base.pages import Table, pictures
-from pipeline.console import FILE, Fields, Several, command, count_of, echo, pictures_option, refuse_usage, say_next
+from pipeline.console import Fields, Several, command, count_of, echo, pictures_option, refuse_usage, say_next
 
 if TYPE_CHECKING:
     from model.runs.run import Run
@@ -69,7 +70,7 @@ class Embedding:
 
     source: str = option(..., argument=True, metavar="RUN_OR_ARCH")
     split: str = option("train", "Split to score; --shards may differ from the training shards.")
-    out: Path = option(..., ".arrow or .parquet", type=FILE)
+    out: Path = option(..., ".arrow or .parquet", type=console.FILE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,20 +18,7 @@ from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
-from pipeline.console import (
-    EXISTING,
-    EXISTING_FILE,
-    FILE,
-    FOLDER,
-    Fields,
-    command,
-    count_of,
-    echo,
-    pictures_option,
-    refuse_usage,
-    say,
-    say_next,
-)
+from pipeline.console import Fields, command, count_of, echo, pictures_option, refuse_usage, say, say_next
 from pipeline.labels import MOST_VIEWS
 from pipeline.measure.calibration import RULES, Calibration, Fit, apply_calibration, read_fit
 
@@ -123,13 +110,13 @@ def check_pattern(text: str) -> None:
 class Prediction:
     """Options of `predict`."""
 
-    images: tuple[Path, ...] = option(..., argument=True, type=EXISTING)
-    out: Path = option(..., "CSV to write.", type=FILE)
+    images: tuple[Path, ...] = option(..., argument=True, type=console.EXISTING)
+    out: Path = option(..., "CSV to write.", type=console.FILE)
     strict: bool = option(False, "Exit with 3 if an image cannot be read.")
     group_by: str | None = option(
         None, GROUP_HELP, check=check_pattern, metavar="study|patient|REGEX", shown="none; for a run on studies, study"
     )
-    heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=FOLDER, metavar="DIR")
+    heatmaps: Path | None = option(None, "Also write heat maps to this folder.", type=console.FOLDER, metavar="DIR")
     heatmap_labels: int = option(1, "Number of labels per image, by score.", low=1)
 
 
@@ -197,7 +184,7 @@ def show_number(value: float) -> str:
 class Export:
     """Options of `export`."""
 
-    out: Path = option(..., ".onnx or .pt2", type=FILE)
+    out: Path = option(..., ".onnx or .pt2", type=console.FILE)
 
 
 @command("export", Fields(Runs, ("runs", "threshold")), Export)

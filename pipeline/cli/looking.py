@@ -8,24 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import console
 from pipeline.base.files import format_csv, write_atomically
 from pipeline.base.options import option
 from pipeline.base.pages import pictures
 from pipeline.base.workers import count_cpus
-from pipeline.console import (
-    EXISTING,
-    EXISTING_FILE,
-    FILE,
-    FOLDER,
-    PathOrUrl,
-    command,
-    echo,
-    pictures_option,
-    progress_bar,
-    refuse_usage,
-    say,
-    say_next,
-)
+from pipeline.console import command, echo, pictures_option, progress_bar, refuse_usage, say, say_next
 from pipeline.judging import Judging
 from pipeline.labels import VIEWS
 from pipeline.look.label_report import print_report
@@ -50,7 +38,7 @@ class Cached:
 class Stats(Cached):
     """What `stats` takes."""
 
-    sources: tuple[Path | str, ...] = option(..., argument=True, type=PathOrUrl(exists=True))
+    sources: tuple[Path | str, ...] = option(..., argument=True, type=console.PathOrUrl(exists=True))
     split: str | None = option(None, "Split to count.  [default: all]")
     views: str = option("all", "By the column Frontal/Lateral.", choices=VIEWS)
     by: str | None = option(None, f"Count each group of images: by {', '.join(NO_GROUP)}, or a fact.", metavar="FACT")
@@ -58,7 +46,7 @@ class Stats(Cached):
     policy: tuple[dict[str, str], str] | tuple[()] = option(
         (), "Targets under a policy: best,Edema=zeros,blank=ignore.", split=counts.parse_policies
     )
-    html: Path | None = option(None, "Write a page with everything.", type=FILE)
+    html: Path | None = option(None, "Write a page with everything.", type=console.FILE)
     png: Path | None = pictures_option()
     format: str = option("table", "csv: the counts alone.", choices=("table", "json", "csv"))
 
@@ -127,12 +115,12 @@ def check_page(path: Path | None) -> None:
 class Auditing:
     """What `audit` takes."""
 
-    sources: tuple[Path, ...] = option(..., argument=True, type=EXISTING)
+    sources: tuple[Path, ...] = option(..., argument=True, type=console.EXISTING)
     split: str | None = option(None, "Split to audit.  [default: train and dev; all if there is no train]")
     views: str = option("all", "By the column Frontal/Lateral.", choices=VIEWS)
     images: bool | None = option(None, "Also measure gray levels.  [default: for shards]")
     threads: int = option(count_cpus, "Decoding threads.", low=1, shown="all cores")
-    html: Path | None = option(None, "Write a page with a heat map.", type=FILE)
+    html: Path | None = option(None, "Write a page with a heat map.", type=console.FILE)
     strict: bool = option(False, "Exit with 3 on any alarm.")
     format: str = option("table", choices=("table", "json"))
 
@@ -191,10 +179,10 @@ def audit(given: Auditing) -> int:
 class Judge(Judging):
     """What `judge` takes."""
 
-    scores: Path = option(..., argument=True, type=EXISTING_FILE)
-    source: Path = option(..., argument=True, type=EXISTING)
+    scores: Path = option(..., argument=True, type=console.EXISTING_FILE)
+    source: Path = option(..., argument=True, type=console.EXISTING)
     name: str = option("", "What the scores are called.", shown="the file's name")
-    out: Path | None = option(None, "Folder for evaluation.json, report.html and card.md.", type=FOLDER)
+    out: Path | None = option(None, "Folder for evaluation.json, report.html and card.md.", type=console.FOLDER)
     png: Path | None = pictures_option()
 
 

@@ -10,24 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pipeline import console
 from pipeline.base.errors import DataError
 from pipeline.base.files import is_open_to_all
 from pipeline.base.options import option
 from pipeline.base.store import is_remote, open_location
 from pipeline.base.workers import count_cpus, run_alone
 from pipeline.cli.looking import Cached
-from pipeline.console import (
-    FOLDER,
-    PathOrUrl,
-    command,
-    count_of,
-    echo,
-    name_options,
-    progress_bar,
-    refuse_usage,
-    say,
-    say_next,
-)
+from pipeline.console import command, count_of, echo, name_options, progress_bar, refuse_usage, say, say_next
 from pipeline.etl.shards import Execution, write_shards
 from pipeline.etl.writing import Options, preview_split
 from pipeline.images import DOUBTS
@@ -50,7 +40,7 @@ if TYPE_CHECKING:
 class Drawing:
     """What `sample` takes."""
 
-    out: Path = option(..., argument=True, type=FOLDER)
+    out: Path = option(..., argument=True, type=console.FOLDER)
     images: int = option(2000, "Number of images, train and valid together.", low=20)
     seed: int = option(0, "Another seed gives other patients.", low=0, high=2**63 - 1)
     laterals: float | None = option(None, "Share of studies with a lateral.", low=0, high=1, shown="as in CheXpert")
@@ -296,7 +286,7 @@ def _print_preview(source: "Source", options: Options, how: Execution) -> int:
 class Verification(Cached):
     """What `verify` takes."""
 
-    shards: Path | str = option(..., argument=True, type=PathOrUrl(file_okay=False))
+    shards: Path | str = option(..., argument=True, type=console.PathOrUrl(file_okay=False))
     deep: bool = option(False, "Decode every image too, and compare every JSON with its row.")
     workers: int = option(count_cpus, low=1, shown="all cores")
 
