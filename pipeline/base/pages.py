@@ -136,8 +136,7 @@ class Panel:
             line.remove()
         with _style(INKS), matplotlib.rc_context({"svg.hashsalt": description}):
             draw(self.axes)
-            metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            self.figure.savefig(file, format="svg", metadata=metadata)
+            self.figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         if (folder := _folder.get()) is not None:
             self._save_picture(draw, description, folder)
         body = file.getvalue().split("<svg", 1)[1].split(">", 1)[1]

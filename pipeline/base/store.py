@@ -1,8 +1,7 @@
 """Folders of the ETL that may be in an object store, which has no rename and no links, and is slow per file.
 
-In: a location, `shards` or `s3://bucket/prefix`. Out: a path that code for folders can use. For URLs there is a way to
-write a file (first on this machine, then as one object, in parts if it is large; an interrupted upload leaves none;
-then it is read back and compared) and a way to read many small ones, several at a time.
+In: a location, `shards` or `s3://bucket/prefix`. Out: a path that code for folders can use. A file is written on this
+machine first, then as one object, and read back and compared; an interrupted upload leaves none.
 """
 
 import hashlib
@@ -180,8 +179,7 @@ def find_status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # of botocore
         response = response["ResponseMetadata"].get("HTTPStatusCode")
-    status: int | None = getattr(response, "status_code", response)
-    return status
+    return getattr(response, "status_code", response)
 
 
 def explain_failure(error: Exception, location: str) -> str:

@@ -77,10 +77,7 @@ def run_tasks(
 
 
 def run_alone(function: Callable[[Task], Result], task: Task, step: str = "") -> Result:
-    """Run one task in a separate process, so that its memory is freed.
-
-    Raises DataError if it is killed, naming the `step`, such as `planning shards`; else the task.
-    """
+    """Run one task in its own process, which frees its memory; if that is killed, raises DataError naming `step`."""
     with _worker_pool(function, 1) as (pool, _):
         try:
             future = _submit(pool, function, task)

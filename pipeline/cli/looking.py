@@ -145,7 +145,8 @@ def audit(given: Auditing) -> int:
     if are_shards and given.images is not False:
         from pipeline.look.pixels import measure_shards
 
-        chosen = [(source, [split] if split else learned_splits(read_manifest(source).splits)) for source in sources]
+        names = [[split] if split else learned_splits(read_manifest(source).splits) for source in sources]
+        chosen = [(source, name) for source, splits in zip(sources, names, strict=True) for name in splits]
         with progress_bar("Measuring", "images") as advance:
             measured = partial(advance, total=table.num_rows)
             edge, content = measure_shards(chosen, views, given.threads, measured)

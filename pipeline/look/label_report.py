@@ -1,7 +1,5 @@
 """Counts and audits of labels → tables for a terminal, and one self-contained HTML page with pictures.
 
-    pipeline stats shards --html labels.html
-
 The page shows the numbers of `pipeline stats --format json`, for every grouping the source has. The same numbers and
 matplotlib version give the same bytes.
 """
@@ -31,16 +29,13 @@ COLORS = dict(zip(STATES, (pages.POSITIVE, pages.UNCERTAIN, pages.NEGATIVE, page
 
 
 def render_label_report(title: str, scope: str, report: Statistics, table: pa.Table, audit: Audit) -> str:
-    """The page. `report`, of a label table, may have `policy`; `scope` says what was counted.
-
-    Groups are by every variable that splits the table into at least two.
-    """
+    """The page. `report`, of a label table, may have `policy`; `scope` says what was counted."""
     counted = (count_groups(table, variable) for variable in NO_GROUP)
     states, together = partial(draw_states, report), partial(draw_cooccurrence, count_cooccurrence(table))
     values = {
         "states": pages.draw_svg(states, "share of images by state", (4.4, 4.0), fitted=True),
         "heat_map_together": pages.draw_svg(together, "co-occurrence", (6.6, 6.0), fitted=True),
-        "groups": [tabulate_shares(by) for by in counted if len(by["groups"]) > 1],
+        "groups": [tabulate_shares(by) for by in counted if len(by["groups"]) > 1],  # that split the table
         "counts": tabulate_counts(report),
         "policy": tabulate_policy(report["policy"]) if "policy" in report else None,
     }
@@ -83,10 +78,7 @@ def draw_states(statistics: Statistics, axes: "Axes") -> None:
 
 
 def draw_cooccurrence(counts: Floats, axes: "Axes") -> None:
-    """P(column | row) in percent, as a number and as strength of color, from `count_cooccurrence`.
-
-    The diagonal, always 100, and rows without positives are left out.
-    """
+    """P(column | row) in percent, as a number and as strength of color; without the diagonal and empty rows."""
     positives = np.diag(counts)[:, None]
     shares = np.divide(counts, positives, out=np.full(counts.shape, np.nan), where=positives > 0)
     np.fill_diagonal(shares, np.nan)
@@ -145,11 +137,9 @@ def tabulate_counts(report: Statistics) -> Table:
 
 def tabulate_shares(groups: Statistics) -> Table:
     """The share of positives in each group."""
-    parts = groups["groups"]
-    columns = ["label", *(f"{name} (n = {part['images']:,})" for name, part in parts.items())]
-    rows = [
-        [label, *(_percent(part["labels"][label]["share_positive"]) for part in parts.values())] for label in LABELS
-    ]
+    parts = groups["groups"].values()
+    columns = ["label", *(f"{name} (n = {part['images']:,})" for name, part in groups["groups"].items())]
+    rows = [[label, *(_percent(part["labels"][label]["share_positive"]) for part in parts)] for label in LABELS]
     return Table(f"positive % by {groups['variable']}", columns, rows, kind="groups")
 
 
@@ -159,9 +149,8 @@ def tabulate_policy(policies: Statistics) -> Table:
     rows = []
     for label, row in policies["labels"].items():
         counts = [f"{row[name]:,}" for name in ("positives", "negatives", "open", "masked")]
-        rows.append(
-            [label, row["policy"], *counts, *(pages.show_figure(row[name]) for name in ("mean_target", "pos_weight"))]
-        )
+        figures = [pages.show_figure(row[name]) for name in ("mean_target", "pos_weight")]
+        rows.append([label, row["policy"], *counts, *figures])
     return Table(f"under the policies below, and {policies['blank']} for blank", columns, rows, kind="policy")
 
 

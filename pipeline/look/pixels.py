@@ -1,14 +1,12 @@
 """Shards → gray levels of each image: at its edge, where no disease is visible, and overall; images → altered ones.
 
-Images are read in table order and measured at 224 × 224 pixels, so that corners are comparable across formats.
-
-Does a network look at the lungs? One that still predicts a label with the center of the image covered uses something
-else: a letter, a border or the brightness of the corners. One that predicts it from shuffled patches uses texture or
-brightness, not anatomy. (The test of Maguolo and Nanni, A critic evaluation of methods for COVID-19 automatic detection
-from X-ray images, 2021.)
+Images are measured at 224 × 224 pixels, so that corners are comparable across formats. A network that still predicts a
+label with the center covered uses something else than the lungs: a letter, a border, the corners' brightness. One that
+predicts it from shuffled patches uses texture or brightness, not anatomy (Maguolo and Nanni, A critic evaluation of
+methods for COVID-19 automatic detection from X-ray images, 2021).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -36,22 +34,19 @@ CORNERS = {
     "lower left": np.s_[:, _LAST, _FIRST],
     "lower right": np.s_[:, _LAST, _LAST],
 }
-Images = npt.NDArray[np.uint8]  # [N, 1, H, W]
+Images = npt.NDArray[np.uint8]  # [N, 1, H, W], or [N, H, W]
+Measured = dict[str, Floats]  # covariates [N] of images
 
 
 def measure_shards(
-    sources: Sequence[tuple[Path, Sequence[str]]],
-    views: str,
-    threads: int,
-    progress: Callable[[int], None] = lambda images: None,
-) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """Acquisition and content covariates [N] of the images of folders' splits, of these views, one after the other.
+    sources: Iterable[tuple[Path, str]], views: str, threads: int, progress: Callable[[int], None]
+) -> tuple[Measured, Measured]:
+    """Acquisition and content covariates [N] of the images of folders' splits, in table order, of these views.
 
     `progress` is called with the number of images measured so far. Raises DataError for a damaged image.
     """
-    at_edge: list[dict[str, Floats]] = []
-    content: list[dict[str, Floats]] = []
-    for folder, name in ((folder, name) for folder, splits in sources for name in splits):
+    at_edge, content = list[Measured](), list[Measured]()
+    for folder, name in sources:
         try:
             images = open_shards(folder)[name].where(views=views)
         except NothingSelectedError:
@@ -59,33 +54,32 @@ def measure_shards(
         for batch in images.batches(64, SIDE, epoch=None, threads=threads):
             pixels = batch.images[:, 0]
             at_edge.append(measure_edge(pixels))
-            stored = images.split.length[batch.step.images].astype(float)
-            content.append(measure_content(pixels) | {"stored bytes": stored})
+            content.append(measure_content(pixels))
+            content[-1]["stored bytes"] = images.split.length[batch.step.images].astype(float)
             progress(sum(len(part["sharpness"]) for part in content))
     return _concatenate(at_edge), _concatenate(content)
 
 
-def measure_edges(split: OpenSplit, rows: Rows, threads: int) -> dict[str, Floats]:
+def measure_edges(split: OpenSplit, rows: Rows, threads: int) -> Measured:
     """The results of `measure_edge` for the images in rows [N], ascending; damaged images are black."""
     images = Selection(split, ANY_POLICY, rows)
     batches = images.batches(64, SIDE, epoch=None, threads=threads, max_bad=len(rows))
     return _concatenate([measure_edge(batch.images[:, 0]) for batch in batches])
 
 
-def measure_edge(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+def measure_edge(pixels: Images) -> Measured:
     """Gray levels of images uint8 [N, 224, 224]: of the border; inside it, of each corner's background and letter."""
     border = np.ones(pixels.shape[1:], np.bool_)
     border[EDGE:-EDGE, EDGE:-EDGE] = False
-    corners = {name: pixels[place].reshape(len(pixels), -1) for name, place in CORNERS.items()}
-    measured: dict[str, Floats] = {"border's gray level": pixels[:, border].mean(axis=1)}
-    for name, corner in corners.items():
-        levels = np.partition(corner, (LETTER - 1, -LETTER), axis=1).astype(float)
+    measured: Measured = {"border's gray level": pixels[:, border].mean(axis=1)}
+    for name, place in CORNERS.items():
+        levels = np.partition(pixels[place].reshape(len(pixels), -1), (LETTER - 1, -LETTER), axis=1).astype(float)
         measured[f"darkest in the {name} corner"] = levels[:, LETTER - 1]
         measured[f"brightest in the {name} corner"] = levels[:, -LETTER]
     return measured
 
 
-def measure_content(pixels: npt.NDArray[np.uint8]) -> dict[str, Floats]:
+def measure_content(pixels: Images) -> Measured:
     """Content covariates of images uint8 [N, 224, 224]; sharpness is the variance of the Laplacian."""
     return {
         "mean gray level": pixels.mean(axis=(1, 2)),
@@ -124,5 +118,5 @@ ALTERATIONS: dict[str, Callable[[int, Images], Images]] = {
 }
 
 
-def _concatenate(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+def _concatenate(parts: Sequence[Measured]) -> Measured:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

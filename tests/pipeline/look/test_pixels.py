@@ -71,7 +71,7 @@ def test_images_are_measured_in_table_order(study_shards: Shards) -> None:
     folder, manifest = study_shards
     splits = list(manifest.splits)
     counts: list[int] = []
-    edge, whole = measure_shards([(folder, splits)], "lateral", threads=2, progress=counts.append)
+    edge, whole = measure_shards([(folder, name) for name in splits], "lateral", threads=2, progress=counts.append)
     rows, means = [], []
     for name in splits:
         split = open_split(folder, manifest, name)
