@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from model.runs.config import READ, SCORED_BY, Assessment, Config, Setup, check_runs, learned_columns, read_config
+from pipeline import console
 from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
 from pipeline.base.options import option
@@ -272,7 +273,7 @@ def adopt_command(place: Place, setup: Setup, config: Config) -> None:
 class Localization:
     """Options of `localize`."""
 
-    boxes: Path = option(..., BOXES_HELP, type=EXISTING_FILE)
+    boxes: Path = option(..., BOXES_HELP, type=console.EXISTING_FILE)
     splits: tuple[str, ...] = option(("valid",), "Split of the shards; several are pooled.", flag="split")
 
 

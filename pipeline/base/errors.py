@@ -31,9 +31,7 @@ def needs(extra: str, user: str = "") -> Iterator[None]:
     """Wrap imports of an extra's packages: raises MissingPackageError, which names the extra and its user."""
     try:
         yield
-    except MissingPackageError:  # of an inner extra
-        raise
-    except ModuleNotFoundError as error:  # otherwise the package is installed but cannot be loaded
+    except ModuleNotFoundError as error:  # not one of an inner extra, nor a package that cannot be loaded
         package = error.name.partition(".")[0] if error.name else error
         install = f"{package} is missing: pip install 'chexpert-pipeline[{extra}]'"
         raise MissingPackageError(f"{user}: {install}" if user else install) from None

@@ -22,15 +22,13 @@ COMMANDS = {  # name → module, and its line in --help
 }
 
 
-class Menu(click.Group):
-    """A group of the commands in COMMANDS."""
+class _Menu(click.Group):
+    """A group of the commands in COMMANDS, each imported when needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands' names."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported when needed."""
         if cmd_name not in COMMANDS:
             return None
         if COMMANDS[cmd_name][0] == "making":  # no algebra: the threads for it would wait by spinning
@@ -42,12 +40,11 @@ class Menu(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands' lines without importing the commands."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-@click.group(cls=Menu, context_settings={"show_default": True})
+@click.group(cls=_Menu, context_settings={"show_default": True})
 @click.version_option(package_name="chexpert-pipeline")
 def cli() -> None:
     """Convert chest X-ray datasets to WebDataset shards; count, audit and judge labels and scores."""

@@ -72,8 +72,7 @@ def contrast(first: str, second: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-WIDTHS = pytest.mark.parametrize("width", [1280, 390])
-SCHEMES = pytest.mark.parametrize("scheme", [LIGHT, DARK])
+SIZES_AND_SCHEMES = pytest.mark.parametrize(("width", "scheme"), [*itertools.product((1280, 390), (LIGHT, DARK))])
 
 
 def look(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
@@ -87,8 +86,7 @@ def look(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
     return seen
 
 
-@WIDTHS
-@SCHEMES
+@SIZES_AND_SCHEMES
 def test_the_report_is_legible(evaluation: tuple[Scored, Evaluation], tmp_path: Path, width: int, scheme: int) -> None:
     images, found = evaluation
     config = {"arch": "resnet18", "manifest": "0123456789abcdef" * 4, "labels": LABELS}
@@ -114,8 +112,7 @@ def test_what_is_wrong_with_a_page_is_noticed(evaluation: tuple[Scored, Evaluati
     assert len(seen["complaints"]) == 2  # the page's own policy lets it load nothing and run nothing
 
 
-@WIDTHS
-@SCHEMES
+@SIZES_AND_SCHEMES
 def test_the_label_report_is_legible(shards: Shards, tmp_path: Path, width: int, scheme: int) -> None:
     path = tmp_path / "labels.html"
     counted = run_pipeline("stats", shards[0], "--policy", "best", "--format", "json", "--html", path)
@@ -132,8 +129,7 @@ def test_the_label_report_is_legible(shards: Shards, tmp_path: Path, width: int,
     assert contrast(seen["color"], blend(seen["blue"], seen["background"], STRENGTH)) > 4
 
 
-@WIDTHS
-@SCHEMES
+@SIZES_AND_SCHEMES
 def test_the_sweep_report_is_legible(tmp_path: Path, width: int, scheme: int) -> None:
     trials = [
         make_trial(number, 0.7 + 0.02 * number, lr=lr, weight_decay=decay)
