@@ -48,9 +48,8 @@ def progress_bar(title: str, unit: str) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = [TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
-    columns += [TextColumn("{task.fields[note]}"), TimeRemainingColumn()]
+    console, texts = Console(stderr=True), (TextColumn(unit), TextColumn("{task.fields[note]}"))
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), *texts, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
         last, printed = time.monotonic(), -1

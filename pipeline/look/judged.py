@@ -143,8 +143,7 @@ def tabulate_groups(evaluation: Evaluation, variable: str) -> Table:
 def list_groups(evaluation: Evaluation) -> list[Table]:
     """The groups of each variable (sex, age, projection, and facts) that have figures."""
     variables = dict.fromkeys(row.group for row in evaluation.select(metric="tpr_gap") if row.group)
-    tables = [tabulate_groups(evaluation, variable) for variable in variables]
-    return [table for table in tables if table.filled]
+    return [table for variable in variables if (table := tabulate_groups(evaluation, variable)).filled]
 
 
 def list_verdicts(evaluation: Evaluation) -> list[tuple[str, str]]:
@@ -310,8 +309,8 @@ def list_beside(evaluation: Evaluation) -> Iterator[Table]:
 
 def summarize(evaluation: Evaluation) -> list[tuple[str, str]]:
     """What to trust and what not, each as a mark and a sentence; verdicts without a shortcut share one."""
-    lines = [("partly", "Optimistic: used to select the checkpoint and thresholds.")]
-    lines = lines if evaluation.split == "dev" else []
+    chosen_by = ("partly", "Optimistic: used to select the checkpoint and thresholds.")
+    lines = [chosen_by] if evaluation.split == "dev" else []
     for mark in ("shown", "partly", "unclear"):
         lines += [line for line in list_verdicts(evaluation) if line[0] == mark]
     altered = [row for row in evaluation.select(metric="auroc") if str(row.scorer).startswith(ALTERED)]
