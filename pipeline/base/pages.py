@@ -62,7 +62,7 @@ def open_templates(package: str) -> "jinja2.Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": show_count, "figure": show_figure, "limits": show_limits}
+    environment.filters |= {"count": show_count, "figure": show_figure, "limits": show_limits, "cell": show_cell}
     return environment
 
 

@@ -4,6 +4,7 @@ The first screen answers: which data, how well each finding is detected, at whic
 which groups it is worse. `templates/report.html` is the layout; tables come from `judged`, curves from the scores.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
@@ -13,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from pipeline.base import pages
-from pipeline.base.pages import Panel, draw_svg, show_cell, show_count, show_figure
+from pipeline.base.pages import Panel, draw_svg, show_count, show_figure
 from pipeline.look import judged
 from pipeline.measure.calibration import apply_calibration
 from pipeline.measure.evaluate import Scored, study_level
@@ -181,22 +182,8 @@ def _draw_decision(calibrated: Floats, truth: Bools, axes: "Axes") -> None:
 
 def render_card(title: str, parts: Sequence[str], evaluations: Sequence[Evaluation], dataset: str = "") -> str:
     """The card: `parts` of Markdown first, then the figures of each split, limits and methods."""
-    lines = [f"# Model card: {show_cell(title)}", f"**{WARNING}**", *parts]
-    for evaluation in evaluations:
-        about = f"{evaluation.split}{describe_data(evaluation, dataset)}"
-        lines += [f"## Metrics on {show_cell(evaluation.split)}", show_cell(about)]
-        for level in evaluation.distinct_levels:
-            lines.append(judged.tabulate_metrics(evaluation, level, f"Per {level}").markdown())
-            for rule in judged.list_rules(evaluation)[:1]:
-                lines.append(judged.tabulate_rates(evaluation, level, rule, brief=True).markdown())
-        if verdicts := [row.note for row in evaluation.select(metric="verdict")]:
-            lines += ["### Does the model rely on shortcuts?", _bullets(verdicts)]
-        lines += [table.markdown() for table in judged.list_groups(evaluation)]
-        lines += ["### Left out, and why", _bullets(judged.describe_gaps(evaluation) or ["Nothing."])]
-    lines += ["## Limits", _bullets(read_lines("limits")), "## How it was measured"]
-    lines.append(_bullets(read_lines("methods")))
-    return "\n\n".join(line.strip("\n") for line in lines if line.strip()) + "\n"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {show_cell(line)}" for line in lines)
+    described = [(evaluation, describe_data(evaluation, dataset)) for evaluation in evaluations]
+    texts = {"warning": WARNING, "limits": read_lines("limits"), "methods": read_lines("methods"), "judged": judged}
+    template = pages.open_templates("pipeline.look").get_template("card.md")
+    card = template.render(texts, title=title, parts=parts, evaluations=described)
+    return re.sub("\n{3,}", "\n\n", card).strip("\n") + "\n"
