@@ -28,7 +28,7 @@ FRAME = Path(__file__).with_name("frame.html").read_text()
 
 
 @pytest.fixture(scope="module")
-def evaluation() -> tuple[Scored, Evaluation]:
+def judged() -> tuple[Scored, Evaluation]:
     """400 images with signal, of all 14 labels."""
     random = np.random.default_rng(0)
     target = (random.random((400, 14)) < 0.3).astype(np.float32)
@@ -37,11 +37,10 @@ def evaluation() -> tuple[Scored, Evaluation]:
     sex, projection = random.choice(["Female", "Male"], 400), random.choice(["AP", "PA"], 400)
     facts = rows // 2, rows, sex, random.integers(18, 95, 400), projection
     images = Scored(scores.astype(np.float32), target, mask, *facts)
-    found = assess(LABELS, images, calibrate(LABELS, images), split="valid")
-    other = "runs/" + "a-long-name-" * 12
-    found.head |= {"against": [other]}
-    add_other(found, images, other, images.scores**2)
-    return images, found
+    evaluation = assess(LABELS, images, calibrate(LABELS, images), split="valid")
+    evaluation.head |= {"against": [other := "runs/" + "a-long-name-" * 12]}
+    add_other(evaluation, images, other, images.scores**2)
+    return images, evaluation
 
 
 def open_page(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
@@ -87,24 +86,24 @@ def look(folder: Path, page: str, width: int, scheme: int) -> dict[str, Any]:
 
 
 @SIZES_AND_SCHEMES
-def test_the_report_is_legible(evaluation: tuple[Scored, Evaluation], tmp_path: Path, width: int, scheme: int) -> None:
-    images, found = evaluation
+def test_the_report_is_legible(judged: tuple[Scored, Evaluation], tmp_path: Path, width: int, scheme: int) -> None:
+    images, evaluation = judged
     config = {"arch": "resnet18", "manifest": "0123456789abcdef" * 4, "labels": LABELS}
     names = ("macro_auroc", "macro10_auroc", "mean5_auroc", "train_loss", "dev_loss")
     history = [{"epoch": epoch} | dict.fromkeys(names, 1 / epoch) for epoch in (1, 2)]
-    page = render_report("runs/" + "long-" * 30, config, history, [found], {"valid": images})
+    page = render_report("runs/" + "long-" * 30, config, history, [evaluation], {"valid": images})
     seen = look(tmp_path, page, width, scheme)
     assert seen["scaled"]
-    assert seen["headline"][0] == found.get("auroc", "macro10").shown
+    assert seen["headline"][0] == evaluation.get("auroc", "macro10").shown
     assert seen["ticks"] == [seen["color"]]
     drawn = [color for color in seen["series"] if color.startswith("rgb")]
     assert len(drawn) == 5  # ink, faint and three series
     assert all(contrast(color, seen["background"]) > 3 for color in drawn)
 
 
-def test_what_is_wrong_with_a_page_is_noticed(evaluation: tuple[Scored, Evaluation], tmp_path: Path) -> None:
-    images, found = evaluation
-    page = render_report("runs/first", {}, [], [found], {"valid": images})
+def test_what_is_wrong_with_a_page_is_noticed(judged: tuple[Scored, Evaluation], tmp_path: Path) -> None:
+    images, evaluation = judged
+    page = render_report("runs/first", {}, [], [evaluation], {"valid": images})
     wrong = "<p style='width: 600px'>…</p><img src='https://127.0.0.1:9/'><script>1</script></main>"
     seen = open_page(tmp_path, page.replace("</main>", wrong), 390, LIGHT)
     assert seen["scrolled"] > 600
