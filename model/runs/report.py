@@ -33,7 +33,7 @@ def render_report(
     more = [Section("Settings", "settings", define_settings(config))]
     if history:
         more.append(Section("Training", "training", draw_training(history)))
-    return render_page(title, evaluations, images, data, more)
+    return render_page(title, evaluations, images, data, *more)
 
 
 def define_settings(config: Settings) -> Markup:

@@ -66,17 +66,12 @@ def sample(given: Drawing) -> None:
     say_next("pipeline", "shards", given.out, Path("shards", given.out.resolve().name))
 
 
-def parse_source(text: str) -> Path:
-    """A path of this machine or URL; what is there is checked later."""
+def parse_source(text: str, is_folder: bool = False) -> Path:
+    """A path of this machine or URL; what is there is checked later, but that a folder is no file."""
     if not text.strip():
         raise DataError("the name is empty; for the folder you are in, write .")
-    return open_location(text)
-
-
-def parse_folder(text: str) -> Path:
-    """The path of a folder, or URL."""
-    path = parse_source(text)
-    if not is_remote(path) and path.is_file():
+    path = open_location(text)
+    if is_folder and not is_remote(path) and path.is_file():
         raise DataError(f"'{path}' is a file")
     return path
 
@@ -97,6 +92,7 @@ def check_name(text: str) -> None:
 
 BLANKS = ("blank", "not-annotated")
 policy_option = partial(option, None, metavar="POLICY")
+parse_folder = partial(parse_source, is_folder=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,11 +39,7 @@ class Section(NamedTuple):
 
 
 def render_page(
-    title: str,
-    evaluations: Sequence[Evaluation],
-    images: Mapping[str, Scored],
-    dataset: str = "",
-    more: Sequence[Section] = (),
+    title: str, evaluations: Sequence[Evaluation], images: Mapping[str, Scored], dataset: str, *more: Section
 ) -> str:
     """The page of the evaluations, dev last, then the sections of `more`; `images` are the scores of each split."""
     ordered = sorted(evaluations, key=lambda evaluation: evaluation.split == "dev")
