@@ -49,8 +49,7 @@ def render_page(
         "methods": read_lines("methods"),
         **{"judged": judged, "means": MEANS, "units": UNITS, "draw_forest": draw_forest, "draw_curves": draw_curves},
     }
-    page = pages.open_templates("pipeline.look").get_template("report.html")
-    return page.render(title=title, warning=WARNING, more=more, **values)
+    return pages.render("pipeline.look", "report.html", title=title, warning=WARNING, more=more, **values)
 
 
 def read_lines(name: str) -> list[str]:
@@ -180,6 +179,5 @@ def render_card(title: str, parts: Sequence[str], evaluations: Sequence[Evaluati
     """The card: `parts` of Markdown first, then the figures of each split, limits and methods."""
     described = [(evaluation, describe_data(evaluation, dataset)) for evaluation in evaluations]
     texts = {"warning": WARNING, "limits": read_lines("limits"), "methods": read_lines("methods"), "judged": judged}
-    template = pages.open_templates("pipeline.look").get_template("card.md")
-    card = template.render(texts, title=title, parts=parts, evaluations=described)
+    card = pages.render("pipeline.look", "card.md", title=title, parts=parts, evaluations=described, **texts)
     return re.sub("\n{3,}", "\n\n", card).strip("\n") + "\n"

@@ -48,7 +48,7 @@ def render_audit(title: str, scope: str, audit: Audit, page: str = "audit.html",
     size, predicted = (2.4 + 0.3 * covariates, 4.6), "how well covariates predict labels"
     heat_map = pages.draw_svg(partial(draw_audit, audit), predicted, size, fitted=True) if covariates else None
     values |= {"audit": audit, "alarms": audit.describe_alarms(), "table": tabulate_audit(audit), "heat_map": heat_map}
-    return pages.open_templates("pipeline.look").get_template(page).render(title=title, scope=scope, **values)
+    return pages.render("pipeline.look", page, title=title, scope=scope, **values)
 
 
 def draw_states(statistics: Statistics, axes: "Axes") -> None:
