@@ -1,4 +1,4 @@
-"""Network + images → scores and heat maps; the device and its precision."""
+"""Network + images → scores, heat maps and embeddings; the device and its precision."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model.augment import low_pass, normalize
 from model.losses import label_scores
+from model.networks import StudyNetwork, find_head
 from model.ranks import Ranks
 from pipeline.base.errors import DataError
 
@@ -173,3 +174,20 @@ def _watch(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, list[Ten
     finally:
         for handle in handles:
             handle.remove()
+
+
+def embed(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Embeddings [N, features] of images [N, 1, H, W]. Raises DataError if the logits are not linear in them."""
+    if isinstance(network, StudyNetwork):
+        features: Tensor = network.backbone(inputs)
+        return features
+    head = find_head(network)[1]
+    captured: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, given: captured.append(given[0]))
+    try:
+        logits = network(inputs)
+    finally:
+        handle.remove()
+    if not (captured and captured[-1].ndim == 2 and torch.equal(head(captured[-1]), logits)):
+        raise DataError("embeddings are for networks that end in a linear layer")
+    return captured[-1]

@@ -18,11 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
 
 from model.augment import normalize
-from model.networks import StudyNetwork, find_head
-from model.predict import draw_maps, explain_memory, to_device
+from model.predict import draw_maps, embed, explain_memory, to_device
 from model.runs.overlap import check_seen
 from model.runs.predictor import EVALUATION_BATCH, Network, load_network, start_network
 from model.runs.run import Run, open_images, open_rows, read_batches
@@ -133,23 +131,6 @@ def embed_split(run: Run, split: str, member: Network) -> pa.Table:
     lists = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
     table = chosen.split.table.take(chosen.rows)
     return table.select(["key", "patient", *LABELS]).append_column("embedding", lists)
-
-
-def embed(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Embeddings [N, features] of images [N, 1, H, W]. Raises DataError if the logits are not linear in them."""
-    if isinstance(network, StudyNetwork):
-        features: Tensor = network.backbone(inputs)
-        return features
-    head = find_head(network)[1]
-    captured: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, given: captured.append(given[0]))
-    try:
-        logits = network(inputs)
-    finally:
-        handle.remove()
-    if not (captured and captured[-1].ndim == 2 and torch.equal(head(captured[-1]), logits)):
-        raise DataError("embeddings are for networks that end in a linear layer")
-    return captured[-1]
 
 
 def write_embeddings(path: Path, table: pa.Table) -> None:

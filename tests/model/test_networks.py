@@ -20,8 +20,8 @@ from torchvision.models import get_model
 from model.checkpoint import CheckpointError, load_checkpoint, read_start
 from model.names import ARCHITECTURES, FUSIONS, UNKNOWN_FRONTAL, Input, check_arch, own_input
 from model.networks import Head, StudyNetwork, build_network, find_head, load_initial
+from model.predict import embed
 from model.runs.config import Config, Setup
-from model.runs.explain import embed
 from model.runs.run import open_run
 from pipeline.base.errors import DataError
 from pipeline.labels import LABELS

@@ -19,8 +19,8 @@ import train
 from model import networks
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.networks import build_network
+from model.predict import embed
 from model.runs import explain
-from model.runs.explain import embed
 from pipeline import DataError, open_shards
 from pipeline.labels import LABELS
 from tests.conftest import Shards, refused
