@@ -114,11 +114,10 @@ class Predictor:
     @cached_property
     def members(self) -> list[Network]:
         """The networks with their best weights. Raises CheckpointError, and DataError if a calibration is missing."""
-        networks = [load_network(folder, config, self.ranks) for folder, config in self.configs.items()]
-        if len(networks) > 1:  # an ensemble averages calibrated scores
-            fits = [read_calibration(folder, config)["image"] for folder, config in self.configs.items()]
-            networks = [member._replace(calibration=fit) for member, fit in zip(networks, fits, strict=True)]
-        return networks
+        several = len(self.configs) > 1  # an ensemble averages calibrated scores
+        fits = [read_calibration(*member)["image"] if several else None for member in self.configs.items()]
+        networks = (load_network(*member, self.ranks) for member in self.configs.items())
+        return [network._replace(calibration=fit) for network, fit in zip(networks, fits, strict=True)]
 
     def score(self, run: Run, name: str, alter: Alteration | None = None, most: float = math.inf) -> Result:
         """The scores of a split of the run's shards, under its conditions; `alter` changes the images first.
