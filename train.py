@@ -50,7 +50,7 @@ from model.networks import begin_training
 from model.optim import build_optimizer, scheduled_lr, set_lr, update_average
 from model.predict import DivergedError, explain_memory, measure_recent, network_inputs, to_device
 from model.ranks import Stopped
-from model.runs.config import describe_step, is_reported, name_choice, say_finished, three_class_columns
+from model.runs.config import describe_step, is_reported, name_choice, say_finished
 from model.runs.folder import Log, TrainState, begin_run, describe_software, open_events, record_environment
 from model.runs.overlap import Seen, list_seen
 from model.runs.predictor import forget_calibration, save_best, score_split, start_network
@@ -101,7 +101,7 @@ def start_state(run: Run, data: Data, seen: Seen = ()) -> TrainState:
     network = start_network(run).to(run.device).to(memory_format=torch.channels_last)
     target, mask = (torch.from_numpy(array[data.train.rows]) for array in data.labels)
     weights = positive_weights(target, mask) if config.pos_weight else None
-    loss = AUCMarginLoss(target, mask) if config.loss == "aucm" else MaskedLoss(three_class_columns(config), weights)
+    loss = AUCMarginLoss(target, mask) if config.loss == "aucm" else MaskedLoss(config.three_class, weights)
     # From here on, all ranks have the first rank's weights. Evaluations use the average, which begins as a copy.
     forward = run.ranks.average_gradients(network, config.sync_bn)
     return TrainState(

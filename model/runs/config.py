@@ -175,6 +175,22 @@ class Config:
         """The plural of `unit`."""
         return "images" if self.fusion is None else "studies"
 
+    @property
+    def columns(self) -> list[int]:
+        """The columns of the labels that this run learns."""
+        return [LABELS.index(label) for label in self.labels]
+
+    @property
+    def three_class(self) -> list[int]:
+        """The columns of the labels with uncertain as a third class."""
+        policy = parse_uncertain_policy(self.uncertain)
+        return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the network's logits: all labels, then `uncertain` of each label with three classes."""
+        return [*LABELS, *(f"{LABELS[column]}: uncertain" for column in self.three_class)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -273,22 +289,6 @@ def read_members(folder: Path) -> list[Path]:
     return runs
 
 
-def name_outputs(config: Config) -> list[str]:
-    """Names of the network's logits: all labels, then `uncertain` of each label with three classes."""
-    return [*LABELS, *(f"{LABELS[column]}: uncertain" for column in three_class_columns(config))]
-
-
-def three_class_columns(config: Config) -> list[int]:
-    """The columns of the labels with uncertain as a third class."""
-    policy = parse_uncertain_policy(config.uncertain)
-    return [column for column, label in enumerate(LABELS) if policy[label] == "multiclass"]
-
-
-def learned_columns(config: Config) -> list[int]:
-    """The columns of the labels that this run learns."""
-    return [LABELS.index(label) for label in config.labels]
-
-
 def can_divide(batch_size: int, accumulate: int, ranks: "Ranks") -> bool:
     """Whether each rank's share of a batch divides into this many equal parts, of at least 2 images."""
     parts = accumulate * ranks.count
@@ -320,7 +320,7 @@ NEEDS = {"balance_over": ["balance"], "init_labels": ["init"], "freeze": ["init"
 def check_conflicts(config: Config) -> None:
     """Raise SettingError for settings that contradict each other, whatever the shards."""
     active = vars(config) | {"loss": config.loss == "aucm", "accumulate": config.accumulate > 1}
-    active |= {"uncertain": config.uncertain and three_class_columns(config), "layer_decay": config.layer_decay < 1}
+    active |= {"uncertain": config.uncertain and config.three_class, "layer_decay": config.layer_decay < 1}
     for name, other, text in CONFLICTS:
         if active[name] and active[other]:
             raise SettingError(text)

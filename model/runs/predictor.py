@@ -28,7 +28,7 @@ from model.checkpoint import load_checkpoint, refused, save_checkpoint
 from model.networks import build_network, freeze, load_initial
 from model.predict import choose_precision, find_device, network_inputs, predict_scores
 from model.ranks import ALONE, Ranks, requested
-from model.runs.config import ENSEMBLE, Config, Setup, learned_columns, name_outputs, read_config, read_members
+from model.runs.config import ENSEMBLE, Config, Setup, read_config, read_members
 from model.runs.folder import describe_start, fuse
 from model.runs.overlap import Seen, check_seen, report_seen
 from model.runs.run import Run, Selected, open_rows, read_batches
@@ -280,24 +280,24 @@ def save_best(run: Run, seen: Seen, weights: Mapping[str, Tensor], epoch: float,
     use = "calibrated" if config.adopted else "trained"
     about = {"epoch": epoch, "dev_auroc": score, "images": images, "pixels": dict(run.pixels)}
     about |= {"dataset": dict(dataset), "equalize": config.equalize, "seen": list(seen)}
-    about |= {"arch": config.arch, "image_size": config.image_size, "outputs": name_outputs(config)}
+    about |= {"arch": config.arch, "image_size": config.image_size, "outputs": config.outputs}
     about["terms"] = f"{describe_start(asdict(config))}; {use} on {title}: {terms}"
     save_checkpoint(run.folder / "best.pt", {"weights": dict(weights), **about})
 
 
 def start_network(run: Run, needed: Sequence[str] = ()) -> nn.Module:
     """The network that a run starts from. Raises CheckpointError if weights do not fit or lack a `needed` output."""
-    config, outputs = run.config, name_outputs(run.config)
-    network = build_network(config.arch, len(outputs), config.shape, bool(config.pretrained))
+    config = run.config
+    network = build_network(config.arch, len(config.outputs), config.shape, bool(config.pretrained))
     if run.start is not None:
-        say(f"{run.start.path}: {load_initial(network, run.start, outputs, needed)}")
+        say(f"{run.start.path}: {load_initial(network, run.start, config.outputs, needed)}")
     return fuse(freeze(network) if config.freeze else network, config)
 
 
 def load_network(folder: Path, config: Config, ranks: Ranks = ALONE) -> Network:
     """The network of a run, on the GPU if there is one. Raises CheckpointError."""
     best = load_checkpoint(folder / "best.pt", ranks)
-    network = fuse(build_network(config.arch, len(name_outputs(config)), config.shape), config)
+    network = fuse(build_network(config.arch, len(config.outputs), config.shape), config)
     with refused(folder / "best.pt"):
         network.load_state_dict(best["weights"])
         pixels = {name: float(best["pixels"][name]) for name in ("mean", "std")}
@@ -317,7 +317,7 @@ def score_split(
     Each rank scores its share of the rows and gets all scores. `alter` changes the images first. Raises Stopped.
     """
     config, split, rows, ranks = run.config, chosen.split, chosen.rows, run.ranks
-    columns, scale, done = learned_columns(config), (pixels["mean"], pixels["std"]), 0
+    columns, scale, done = config.columns, (pixels["mean"], pixels["std"]), 0
     plan = partial(plan_evaluation, chosen.samples, EVALUATION_BATCH, rank=ranks.rank, ranks=ranks.count)
     bad, scores = np.zeros(len(rows)), np.zeros((len(rows), len(columns)))
     with progress_bar(f"Scoring {split.name}", config.units) as advance:
@@ -343,7 +343,7 @@ def score_split(
 def _score_files(member: Network, samples: Files, workers: int) -> tuple[Floats, Unreadable]:
     """As `Predictor.score_files`, for one network."""
     config, device, scale = member.config, find_device(), (member.pixels["mean"], member.pixels["std"])
-    columns, precision = learned_columns(config), choose_precision(config.amp)
+    columns, precision = config.columns, choose_precision(config.amp)
     read = partial(read_view, config=config, options=member.images)
     scores = np.zeros((len(samples), len(columns)))
     bad: Unreadable = []

@@ -22,7 +22,7 @@ from pipeline.base.files import parse_object, sync_folder, write_atomically
 from pipeline.base.store import read_bytes
 from pipeline.console import say
 from pipeline.identity import ignore
-from pipeline.labels import LABELS, count_rows
+from pipeline.labels import count_rows
 from pipeline.look.pixels import ALTERATIONS, measure_edges
 from pipeline.measure.delong import average, combine, measure_areas, weigh_labels
 from pipeline.measure.evaluate import Beside, Scored, add_own, combine_views, judge_scores
@@ -221,7 +221,7 @@ def read_scored(run: Run, folder: Path, name: str) -> Scored:
     chosen = open_rows(run, name)
     table, written = chosen.split.table.take(chosen.rows), open_scores(folder / f"scores-{name}.arrow")
     scores = written.take(written.align(table, ignore), run.config.labels)
-    cells = np.ix_(chosen.rows, np.array([LABELS.index(label) for label in run.config.labels]))
+    cells = np.ix_(chosen.rows, np.array(run.config.columns))
     return Scored.of(scores, chosen.truth.target[cells], chosen.truth.mask[cells], table)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from model.runs.config import READ, SCORED_BY, Assessment, Config, Setup, check_runs, learned_columns, read_config
+from model.runs.config import READ, SCORED_BY, Assessment, Config, Setup, check_runs, read_config
 from pipeline import console
 from pipeline.base.errors import DataError
 from pipeline.base.files import check_folder, hash_file, write_csv, write_json
@@ -216,7 +216,7 @@ def export_command(chosen: Runs, given: Export) -> None:
     members = []
     for member in predictor.members:
         scale, fits = (member.pixels["mean"], member.pixels["std"]), read_fits(member.calibration)
-        members.append(Reading(member.network, learned_columns(config), *scale, fits))
+        members.append(Reading(member.network, config.columns, *scale, fits))
     scorer = Scorer(members, read_fits(decision.calibration), decision.limits)
     difference = export_scorer(scorer, config.shape, given.out, describe_export(predictor, decision))
     echo(f"{given.out}: checked, within {difference:.1e} of the eager network's logits")
