@@ -227,10 +227,10 @@ def sweep_command(train: Train, search: Search, setup: Setup, given: "Point") ->
     finally:  # even after an error in one trial: report the others
         trials = sweeps.list_trials(sweep)
         settings = sweeps.compare_settings(run, trials)
-        best = repeat("--run", [trial.folder for trial in settings[0].trials]) if settings else []
-        then = [*TRAIN, "predict", *best, "--out", "scores.csv", "IMAGES"] if settings else []
-        if len(best) > 2:  # runs with several seeds: their ensemble
-            then = [*TRAIN, "evaluate", *best, "--out", sweep.folder / "ensemble"]
+        best = [trial.folder for trial in settings[0].trials] if settings else []
+        then = [*TRAIN, "predict", *repeat("--run", best), "--out", "scores.csv", "IMAGES"] if best else []
+        if len(best) > 1:  # runs with several seeds: their ensemble
+            then = [*TRAIN, "evaluate", *repeat("--run", best), "--out", sweep.folder / "ensemble"]
         with pictures(search.png):
             sweeps.write_sweep_report(sweep, trials, settings, shlex.join(map(str, then)))
     sweeps.print_sweep(sweep, trials, settings)

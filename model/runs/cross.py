@@ -138,11 +138,12 @@ def tabulate_cross(matrix: Matrix, label: str) -> Table:
     columns = [(f"scored on {head}", name) for head in heads for name in ("AUROC [95 %]", "less its own")]
     rows = []
     for run in matrix.runs:
-        rows.append(row := [run])
+        row = [run]
         for name in matrix.sets:
             auroc, less = (matrix.cells[name][run][label][part] for part in ("auroc", "less"))
             row.append(f"{show_figure(auroc['value'])}{' ✗' if auroc['high'] < 0.5 else ''} {show_limits(auroc)}")
             row.append("" if run == name else f"{less['value']:+z.3f} {show_limits(less)}")
+        rows.append(row)
     return Table(title, ("trained on", *columns), rows)
 
 

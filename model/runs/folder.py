@@ -79,17 +79,15 @@ class TrainState:
         Raises CheckpointError if it is damaged, or from another run, precision or number of ranks: BatchNorm and
         stochastic depth see only a rank's part of a batch, so the number of ranks changes the result.
         """
-        best = path.with_name("best.pt")
-        instead = f", or start another `run` with `init` {path.parent}" if best.exists() else ""
+        instead = f", or start another `run` with `init` {path.parent}" if path.with_name("best.pt").exists() else ""
         remedy = f"; remove it to train from the beginning{instead}"
         saved = load_checkpoint(path, ranks, remedy)
-        differs, how = "", "continue as before, or choose another `run`"
+        how = "continue as before, or choose another `run`"
         if saved["precision"] != self.precision:
             differs = f"trained in {saved['precision']}, `amp` is {self.precision} on this device"
-        elif saved["ranks"] != self.ranks:
-            differs = f"trained on {saved['ranks']} ranks, not {self.ranks}"
-        if differs:
             raise CheckpointError(f"{path}: {differs}: {how}")
+        if saved["ranks"] != self.ranks:
+            raise CheckpointError(f"{path}: trained on {saved['ranks']} ranks, not {self.ranks}: {how}")
         with refused(path, remedy):
             for name in self.MODULES:
                 getattr(self, name).load_state_dict(saved[name])
@@ -155,17 +153,17 @@ def describe_software(run: Run) -> dict[str, object]:
 
 def record_environment(run: Run) -> None:
     """Append this start's environment to environment.jsonl, which with config.json reproduces the run."""
-    # Relative to the run, so that both can move together.
-    paths = {shards.name: os.path.relpath(shards.path, run.folder) for shards in run.shards.folders}
+    folder = run.folder
     line = describe_software(run) | {
         "command": [redact(word) for word in sys.argv],
-        "shards": [name if "://" in name else path for name, path in paths.items()],
+        # Relative to the run, so that both can move together.
+        "shards": [one.name if "://" in one.name else os.path.relpath(one.path, folder) for one in run.shards.folders],
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "ranks": run.ranks.count,
     }
-    path = run.folder / "environment.jsonl"
+    path = folder / "environment.jsonl"
     before = read_bytes(path) if path.exists() else b""
     write_atomically(path, before + (json.dumps(line) + "\n").encode())
 
