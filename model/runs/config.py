@@ -242,9 +242,7 @@ class Assessment:
     against: tuple[Path, ...] = option((), "Compare with this run; of runs on studies, with several.", metavar="RUN")
     sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
     study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
-    where: tuple[str, ...] = option(
-        (), "Conditions of the images, in place of the run's: sex=Male.", metavar="CONDITION"
-    )
+    where: tuple[str, ...] = option((), "Conditions, in place of the run's: sex=Male.", metavar="CONDITION")
     views: str | None = option(None, "Score these views.", choices=VIEWS, shown="the run's")
     readers: tuple[Path, ...] = option((), "Add this reader as a point to the ROC curves; repeatable.", metavar="CSV")
     sanity: bool = option(False, "Also run occlusion and patch-shuffle checks.")

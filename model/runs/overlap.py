@@ -59,8 +59,7 @@ def read_seen(folder: Path) -> Seen:
     """The entries in the best.pt of a run. Raises CheckpointError."""
     saved = load_checkpoint(folder / "best.pt")
     with refused(folder / "best.pt"):
-        entries: Seen = saved["seen"]
-        return entries
+        return list(saved["seen"])
 
 
 def check_seen(

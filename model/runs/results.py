@@ -242,7 +242,6 @@ def measure_run(run: Run) -> dict[str, float | None]:
     same = [name for name in chosen if not undefined[names.index(name)]]
     figures = {split: combine(each, weigh_labels(names, same)) for split, each in areas.items()}
     valid = figures.get("valid", dict.fromkeys(("value", "low", "high")))
-    chosen_dev = combine(areas["dev"], weigh_labels(names, chosen))["value"]
-    measured = {"dev_auroc": chosen_dev, "same_labels": len(same), "dev_same_auroc": figures["dev"]["value"]}
-    measured |= {"train_auroc": figures["train"]["value"], "valid_auroc": valid["value"]}
-    return measured | {"valid_low": valid["low"], "valid_high": valid["high"]}
+    measured = {"dev_auroc": combine(areas["dev"], weigh_labels(names, chosen))["value"], "same_labels": len(same)}
+    measured |= {"dev_same_auroc": figures["dev"]["value"], "train_auroc": figures["train"]["value"]}
+    return measured | {"valid_auroc": valid["value"], "valid_low": valid["low"], "valid_high": valid["high"]}

@@ -137,8 +137,7 @@ def open_rows(run: Run, name: str) -> Selected:
 
 def read_batches(run: Run, chosen: Selected, labels: Labels, plan: Callable[[int], Iterator[Step]]) -> BatchStream:
     """The batches of a plan over the chosen samples, as the run reads them."""
-    shape, threads = run.config.shape, run.setup.workers
-    return stream_batches(chosen.split, labels, plan, size=shape, threads=threads, bad=chosen.bad)
+    return stream_batches(chosen.split, labels, plan, size=run.config.shape, threads=run.setup.workers, bad=chosen.bad)
 
 
 class Data(NamedTuple):
@@ -158,12 +157,11 @@ def open_training(run: Run) -> Data:
     one_class = policies.describe_one_class(dev.truth.target[dev.rows], dev.truth.mask[dev.rows]).keys()
     if one_class >= {*config.labels} or not one_class.isdisjoint(parse_choice(config.choose_by)):
         raise DataError(no_choice(run, one_class))
-    has_dev = {folder.name: "dev" in folder.manifest.splits for folder in run.shards.folders}
-    if lacking := [name for name, has in has_dev.items() if not has and any(has_dev.values())]:
-        others = ", ".join(name for name, has in has_dev.items() if has)
-        how = "to choose on all, write these shards with `dev`"
-        chosen = f"checkpoint and thresholds are chosen on {others} alone; {how}"
-        say(f"{', '.join(lacking)}: no dev split, so {chosen}")
+    having = [folder.name for folder in run.shards.folders if "dev" in folder.manifest.splits]
+    lacking = [folder.name for folder in run.shards.folders if "dev" not in folder.manifest.splits]
+    if having and lacking:
+        chosen = f"checkpoint and thresholds are chosen on {', '.join(having)} alone"
+        say(f"{', '.join(lacking)}: no dev split, so {chosen}; to choose on all, write these shards with `dev`")
     if "valid" in run.manifest.splits:
         try:
             open_rows(run, "valid")

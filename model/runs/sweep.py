@@ -429,9 +429,7 @@ def draw_plane(axes: Axes, points: Plane, metric: str) -> None:
     axes.plot(x[0], y[0], "*", markersize=9, markerfacecolor="white", markeredgecolor="black")
     for right, up, value in zip(x, y, values, strict=True) if len(points) <= FEW**2 else ():
         axes.annotate(f"{value:.3f}", (right, up), (0, 10), textcoords="offset points", ha="center")
-    figure = axes.get_figure()
-    if figure is not None:
-        figure.colorbar(drawn, ax=axes).outline.set_visible(False)
+    axes.figure.colorbar(drawn, ax=axes).outline.set_visible(False)
 
 
 def draw_slice(axes: Axes, trials: Sequence[Trial], name: str) -> None:
@@ -459,10 +457,9 @@ def print_sweep(sweep: Sweep, trials: Sequence[Trial], settings: Sequence[Settin
     failed, complete = (sum(trial.state == state for trial in trials) for state in ("failed", "complete"))
     counted = f"{count_of(complete, 'trial')} complete{f', {failed} failed' if failed else ''}"
     echo(f"{sweep.folder / 'report.html'}: {counted}")
-    if not complete:
-        return
-    ranked = rank(trials)
-    tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
-    echo(f"trial {ranked[0].number} is the best: {ranked[0].folder}")
+    if complete:
+        ranked = rank(trials)
+        tabulate_trials(f"The best of {count_of(len(trials), 'trial')}", ranked[:5]).print()
+        echo(f"trial {ranked[0].number} is the best: {ranked[0].folder}")
     if complete > 1:
         tabulate_settings(settings, sweep.choice).print()
