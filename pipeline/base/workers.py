@@ -121,7 +121,7 @@ def start_server(modules: Sequence[str]) -> None:
             tempfile.tempdir = usual
     multiprocessing.get_context("forkserver").set_forkserver_preload([*modules, "numpy.ma"])  # which Arrow imports late
     resource_tracker.ensure_running()  # first, as its start unblocks SIGINT
-    with _without_signals(signal.SIGINT):  # which workers inherit, so Ctrl-C reaches this process alone
+    with _without_signals():  # which workers inherit, so Ctrl-C reaches this process alone
         forkserver.ensure_running()
 
 
@@ -130,18 +130,30 @@ def _wait(futures: Collection[Future[Result]]) -> set[Future[Result]]:
 
     An exception from a signal's handler would leave a lock of theirs held, for which the pool's thread waits forever.
     """
-    with _without_signals(signal.SIGINT, signal.SIGTERM):
+    with _without_signals():
         return wait(futures, TICK, FIRST_COMPLETED).done
 
 
 @contextmanager
-def _without_signals(*numbers: signal.Signals) -> Iterator[None]:
-    """Block these signals: they arrive afterwards."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def _without_signals() -> Iterator[None]:
+    """Have the handlers of SIGINT and SIGTERM run afterwards; processes that start here ignore Ctrl-C.
+
+    A mask alone does not hold signals back: another thread, such as a progress bar's, takes them for the main thread.
+    """
+    held, handlers = list[int](), dict[signal.Signals, Any]()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if threading.current_thread() is threading.main_thread() and callable(signal.getsignal(number)):
+                handlers[number] = signal.getsignal(number)
+                signal.signal(number, lambda received, _: held.append(received))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for received in held:
+            signal.raise_signal(received)
 
 
 @contextmanager
@@ -172,7 +184,7 @@ def _worker_pool(function: Callable[..., Any], workers: int) -> Iterator[tuple[P
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Task], Result], task: Task) -> Future[Result]:
     try:
-        with _without_signals(signal.SIGINT, signal.SIGTERM):  # it takes locks and starts a worker
+        with _without_signals():  # it takes locks and starts a worker
             return pool.submit(function, task)
     except BrokenProcessPool:  # found here rather than by wait(): the task must not be lost
         future: Future[Result] = Future()

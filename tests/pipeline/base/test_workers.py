@@ -87,7 +87,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
 def test_a_signal_while_tasks_are_waited_for_leaves_no_lock_behind(tmp_path: Path) -> None:
     """As if it came just when the last lock was taken: by an exception there, the pool would never end."""
     program = f"""
-import os, signal, sys
+import os, signal, sys, threading, time
 from concurrent.futures import _base
 from pathlib import Path
 from pipeline.base.workers import run_tasks
@@ -97,11 +97,12 @@ class Interrupted(_base._AcquireFutures):
     def __enter__(self):
         super().__enter__()
         os.kill(os.getpid(), signal.SIGTERM)
-        for _ in range(1000):  # the handler runs between two of these
+        for _ in range(1_000_000):  # the handler runs between two of these
             pass
 
 _base._AcquireFutures = Interrupted
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+threading.Thread(target=time.sleep, args=[60], daemon=True).start()
 list(run_tasks(sleep_in_steps, [(Path({str(tmp_path)!r}), number) for number in range(3)], 2))
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60, capture_output=True)
