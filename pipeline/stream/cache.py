@@ -130,7 +130,8 @@ class Remote:
                             self._verified.add(path)
                             continue
                     finally:
-                        part.unlink(missing_ok=True)
+                        if _leads_to(part, file):  # and was not renamed: others may begin a part by that name
+                            part.unlink()
                 else:
                     with suppress(FileNotFoundError):  # it may be complete by now
                         if abs(time.time() - part.stat().st_mtime) > PATIENCE:
@@ -184,18 +185,22 @@ class Remote:
                 raise
             except Exception as error:  # HTTP and S3 clients raise their own types
                 reason, may_pass = self._describe(error)
-                if find_status(error) == 416:  # Range Not Satisfiable: it is shorter than what has arrived
-                    _empty(file)
             if not may_pass:
                 raise DataError(f"{url}: {reason}")
             # Failures after which the file has grown do not add up: a link may be cut many times.
-            failures, longest = (1, length) if (length := file.tell()) > longest else (failures + 1, longest)
+            length = file.tell() if sha256 else 0
+            failures, longest = (1, length) if length > longest else (failures + 1, longest)
         raise DataError(f"{url}: {reason}; tried {ATTEMPTS} times")
 
     def _append(self, name: str, file: IO[bytes], most: int, sha256: str, stop: Event) -> None:
         """Add what follows the file's last byte. Raises OSError, and empties the file, if its content is wrong."""
         start = file.tell() if sha256 else 0  # parts of two versions could not be told apart
-        status, body = self._open(name, start)
+        try:
+            status, body = self._open(name, start)
+        except Exception as error:
+            if find_status(error) != 416:  # Range Not Satisfiable: it ends at `start`, or before
+                raise
+            status, body = 206, BytesIO()
         with closing(body):
             if not start or status != 206:  # Partial Content
                 _empty(file)
@@ -265,7 +270,13 @@ def _claim(path: Path, mode: str) -> Iterator[IO[bytes] | None]:
     with path.open(mode, buffering=0) as file:  # so that closing it after a failed write does not fail again
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_mine = os.path.samestat(os.fstat(file.fileno()), path.stat())  # and was not finished meanwhile
-        except (BlockingIOError, FileNotFoundError):
+            is_mine = _leads_to(path, file)  # and was not finished meanwhile
+        except BlockingIOError:
             is_mine = False
         yield file if is_mine else None
+
+
+def _leads_to(path: Path, file: IO[bytes]) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False

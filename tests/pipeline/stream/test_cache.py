@@ -103,6 +103,11 @@ def flip(handler: Handler, data: bytes) -> None:
     serve(handler, data[:-1] + bytes([data[-1] ^ 1]))
 
 
+def promise_more(handler: Handler, data: bytes) -> None:
+    handler.start(len(data) + 1)
+    handler.wfile.write(data)
+
+
 def stall(handler: Handler, data: bytes) -> None:
     handler.start(len(data))
     handler.wfile.write(data[: len(data) // 2])
@@ -267,6 +272,7 @@ def test_failures_are_named(
         ([truncate], False, [0, 10 * PIECE - 100]),
         ([truncate, flip], True, [0, 10 * PIECE - 100, 0]),  # damaged bytes are not continued
         ([truncate, status(416)], True, [0, 10 * PIECE - 100, 0]),  # the server has fewer bytes than that
+        ([promise_more, status(416)], True, [0, 10 * PIECE]),  # cut when all had arrived
         # Cut eight times, where three attempts without a byte more would be the last.
         ([partial(truncate, end=PIECE)] * 8, True, [PIECE * number for number in range(9)]),
     ],
@@ -295,6 +301,15 @@ def test_a_process_that_stands_still_is_not_waited_for(
         assert far.path(shard).read_bytes() == (server.folder / "0.tar").read_bytes()
         assert cached(cache) == {*shard_names(shard), part.name}
     assert caplog.messages == [f"{url}/0.tar: another process adds nothing to {part}: downloading it as well"]
+
+
+def test_a_download_that_begins_when_another_ends_is_left_alone(
+    shard: Shard, far: Remote, cache: Path, monkeypatch: Patch
+) -> None:
+    finish = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda part, path: (finish(part, path), part.touch()))
+    far.path(shard)
+    assert cached(cache) == {*shard_names(shard), f"{shard.sha256}.{shard.bytes}.part"}
 
 
 def test_refused_connections_are_named(shard: Shard, server: Server, url: str, cache: Path) -> None:
