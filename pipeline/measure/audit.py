@@ -28,7 +28,7 @@ PATIENT, TOGETHER = "patient number", "all together"
 DEVICES = "Support Devices"
 FOLDS = 5
 MOST_PATIENTS = 20_000  # for the model of all covariates together
-# Named of numbers, and what to call them.
+# Columns of numbers, and what to call them.
 NUMBERS = {
     "study": "study number",
     "age": "age",
@@ -37,7 +37,7 @@ NUMBERS = {
     "bits": "bit depth",
     "jpeg_quality": "JPEG quality",
 }
-# Named of names, and the two values to compare; the covariate is named by the second, and is 1 for it.
+# Columns of names, and the two values to compare; the covariate is named by the second, and is 1 for it.
 PAIRS = {"view": ("frontal", "lateral"), "projection": ("PA", "AP"), "sex": ("Female", "Male")}
 
 

@@ -301,8 +301,8 @@ def add_comparisons(
     names = names or evaluation.labels
     own = {metric: measure(*rows[:4]) for metric, measure in AREAS.items()}
     means = average(names, own["auroc"])
-    measured = [(name, rows._replace(scores=scores)[:4]) for name, scores in others.items()]
-    groups = {name: [{metric: measure(*cells) for metric, measure in AREAS.items()}] for name, cells in measured}
+    cells = {name: rows._replace(scores=scores)[:4] for name, scores in others.items()}
+    groups = {name: [{metric: measure(*cells[name]) for metric, measure in AREAS.items()}] for name in cells}
     groups |= {mean: [areas for (areas,) in groups.values()]} if mean else {}
     for scorer, group in groups.items():
         for metric, area in own.items():

@@ -126,9 +126,10 @@ def measure_localization(cells: Sequence[Cell]) -> dict[str, Any]:
     for cell in cells:
         for group in ((cell.label,), (cell.label, cell.patient)):
             sums[group] = sums.get(group, 0) + cell.heat.astype(float)
-    others = [(sums[cell.label,] - sums[cell.label, cell.patient], cell.marked) for cell in cells]
+    # One map at a time: all of them in float64 would take twice the memory of the cells.
+    others = ((sums[cell.label,] - sums[cell.label, cell.patient], cell.marked) for cell in cells)
     fixed = np.array([heat.max() > 1e-6 and marked.flat[heat.argmax()] for heat, marked in others], bool)
-    called = [(cell.heat >= THRESHOLD, cell.marked) for cell in cells]
+    called = ((cell.heat >= THRESHOLD, cell.marked) for cell in cells)
     iou = np.array([(heat & marked).sum() / max((heat | marked).sum(), 1) for heat, marked in called])
     share = np.array([cell.marked.mean() for cell in cells])
     label, patient = (np.array([getattr(cell, name) for cell in cells]) for name in ("label", "patient"))

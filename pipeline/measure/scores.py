@@ -120,7 +120,7 @@ class Scores(NamedTuple):
 
     def take(self, rows: Ints, names: Sequence[str]) -> Floats:
         """The scores [N, L] of those labels, for rows as `align` returns them; NaN without a row or a column."""
-        columns = np.array([self.labels.index(name) if name in self.labels else -1 for name in names])
+        columns = np.array([self.labels.index(name) if name in self.labels else -1 for name in names], int)
         known = (rows >= 0)[:, None] & (columns >= 0)
         return np.where(known, self.values[rows[:, None], columns], np.nan)
 
