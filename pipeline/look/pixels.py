@@ -94,9 +94,10 @@ def cover(center: bool, level: int, images: Images) -> Images:
     """The images with the central box, `CENTER` of each side, or all but that box, set to one gray level."""
     height, width = images.shape[2:]
     top, left = (round(side * (1 - CENTER) / 2) for side in (height, width))
-    covered = np.full((height, width), not center)
-    covered[top : height - top, left : width - left] = center
-    return np.where(covered, np.uint8(level), images)
+    box = np.s_[..., top : height - top, left : width - left]
+    covered = images.copy() if center else np.full_like(images, level)
+    covered[box] = level if center else images[box]
+    return covered
 
 
 def shuffle_patches(level: int, images: Images) -> Images:
