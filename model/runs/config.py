@@ -153,7 +153,7 @@ class Config:
     balance_over: tuple[str, ...] = data_option(
         (), "With --balance: stratify by these columns.", split=parse_names, metavar="COLUMN,…"
     )
-    layer_decay: float = optimization_option(1.0, "Each block's learning rate, over the next one's.", low=0, high=1)
+    layer_decay: float = optimization_option(1.0, "Ratio of a block's learning rate to the next one's.", low=0, high=1)
     input_scale: tuple[float, ...] = ()  # mean and standard deviation that normalize gray levels; (): the shards'
     # Earlier values of `epochs`, each trained to the end of its schedule; ignored if configurations are compared.
     extended: tuple[int, ...] = field(default=(), compare=False)
@@ -239,7 +239,7 @@ class Assessment:
     """How a split is scored, and how the scores are evaluated."""
 
     split: str = option("valid", "Split to score; --shards may differ from the training shards.")
-    against: tuple[Path, ...] = option((), "Compare with this run; of runs on studies, with several.", metavar="RUN")
+    against: tuple[Path, ...] = option((), "Compare with this run; repeatable for a run on studies.", metavar="RUN")
     sensitivity: float = option(0.9, "Sensitivity that the third threshold must reach on dev.", low=0, high=1)
     study: str = option("max", "How a study's score is computed from its views.", choices=("max", "mean"))
     where: tuple[str, ...] = option((), "Conditions, in place of the run's: sex=Male.", metavar="CONDITION")

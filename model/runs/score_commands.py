@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TRAIN = ("python", "-m", "train")  # in a clone, and from a wheel
 # Settings of `adopt`
 ADOPTED = ("arch", "init_labels", "image_size", "labels", "views", "where", "blank", "dev", "seed", "amp", "max_bad")
-GROUP_HELP = "Score studies: files of a folder (study), of folders in one (patient), or whose paths match this alike."
+GROUP_HELP = "Score studies: files of a folder (study), of folders in one (patient), or with the same match of REGEX."
 BOXES_HELP = "CSV with key,label,x,y,w,h in pixels of the original images, or CheXlocalize's gt_segmentations JSON."
 
 
