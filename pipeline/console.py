@@ -124,7 +124,7 @@ def _terminate(number: int, _: object) -> NoReturn:
 
 
 def run_command(command: click.Command, context: object = None) -> None:
-    """Run a click command with this project's error lines and exit codes; `context` is for its `click.pass_obj`."""
+    """Run a click command, then exit, with our error lines and exit codes; `context` is for its `click.pass_obj`."""
     command.callback = skip_pandas  # which a group calls before the command, and not for --help
     # As an exception, so that clean-up runs: by default SIGTERM ends Python on the spot.
     signal.signal(signal.SIGTERM, _terminate)

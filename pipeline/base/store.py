@@ -195,7 +195,7 @@ def explain_failure(error: Exception, location: str) -> str:
 
 @contextmanager
 def named_failures(path: Path, what: str) -> Iterator[None]:
-    """Raise DataError for whatever a store raises, not a folder of this machine; texts may quote credentials."""
+    """Raise DataError for what a store (no local folder) raises, without its text, which may quote credentials."""
     try:
         yield
     except Exception as error:

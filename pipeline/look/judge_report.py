@@ -47,9 +47,9 @@ def render_page(
         "evaluations": [(evaluation, images[evaluation.split]) for evaluation in ordered],
         "data": {evaluation.split: describe_data(evaluation, dataset) for evaluation in ordered},
         "methods": read_lines("methods"),
-        **{"judged": judged, "means": MEANS, "units": UNITS, "draw_forest": draw_forest, "draw_curves": draw_curves},
     }
-    return pages.render("pipeline.look", "report.html", title=title, warning=WARNING, more=more, **values)
+    tools = {"judged": judged, "means": MEANS, "units": UNITS, "draw_forest": draw_forest, "draw_curves": draw_curves}
+    return pages.render("pipeline.look", "report.html", title=title, warning=WARNING, more=more, **values, **tools)
 
 
 def read_lines(name: str) -> list[str]:
