@@ -42,8 +42,9 @@ def join_facts(
     """The tables with the columns of each file; `named` are those of the user's own table: our name → the table's.
 
     Columns are named in lower case, words joined by `_`; those of whole numbers become int64. With `primary_race`
-    comes `race`, unless there is one. Raises DataError, naming the file, for one without a key or a row in common with
-    the tables, a column that these have, a key with different values, and studies that were `numbered` by us.
+    comes `race`, unless there is one, or it has numbers. Raises DataError, naming the file, for one without a key or a
+    row in common with the tables, a column that these have, a key with different values, and studies that were
+    `numbered` by us.
     """
     joined = dict(tables)
     for path in paths:
@@ -112,10 +113,10 @@ def _type_facts(facts: Mapping[str, pa.Array], with_race: bool) -> dict[str, pa.
         is_whole = pc.all(pc.match_substring_regex(column, _WHOLE), min_count=1).as_py()
         digits = pc.replace_substring_regex(column, r"\.0+$", "")
         typed[name] = digits.cast(pa.int64()) if is_whole else column.cast(pa.string())
-    if with_race and "primary_race" in facts and "race" not in facts:
+    text = typed.get("primary_race", pa.nulls(0))
+    if with_race and "race" not in facts and text.type == pa.string():  # numbers are codes, which say nothing here
         # The words by which Glocker et al. group CheXpert's PRIMARY_RACE (Algorithmic encoding of protected
         # characteristics in chest X-ray disease detection models, eBioMedicine 89, 2023). Non-answers stay null.
-        text = typed["primary_race"]
         no_answer = pc.match_substring_regex(text, r"(?i)\b(unknown|refused|declines|declined)\b")
         typed["race"] = pc.if_else(no_answer, None, "Other")
         for race in ("Asian", "Black", "White"):

@@ -112,8 +112,9 @@ def test_rows_are_told_by_key_study_or_number(chexpert: Path, tmp_path: Path, ke
 
 def test_a_study_s_number_is_a_key_if_no_two_patients_share_it(tmp_path: Path) -> None:
     SETS["mimic"](tmp_path / "mimic")
-    (tmp_path / "facts.csv").write_text("study_id,ward\ns50414267.0,A\n53189527,B\n")
+    (tmp_path / "facts.csv").write_text("study_id,ward,PRIMARY_RACE\ns50414267.0,A,1\n53189527,B,2\n")
     table = load_tables([tmp_path / "mimic"], None, "all", [tmp_path / "facts.csv"])
+    assert (str(table["primary_race"].type), "race" in table.column_names) == ("int64", False)  # of codes
     wards = dict(zip(table["study"].to_pylist(), table["ward"].to_pylist(), strict=True))
     assert {study: ward for study, ward in wards.items() if ward} == {50414267: "A", 53189527: "B"}
 
