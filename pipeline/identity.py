@@ -132,8 +132,9 @@ def join(
     """
     names, row_names = _flatten(names), _flatten(row_names)
     keys, row_keys = by(names), by(row_names)
-    for row in pc.indices_nonzero(row_keys.is_null()).to_pylist():
-        if any(column[row].is_valid for column in rows.columns):
+    for column in rows.columns:
+        row = pc.index(pc.and_(column.is_valid(), row_keys.is_null()), True).as_py()
+        if row >= 0:
             raise DataError(f"{path}, line {line_of(path, row)}: its key is blank")
     if len(row_keys.unique()) < len(row_keys):
         first = pc.index_in(row_keys, value_set=row_keys)  # the first row of the same name
