@@ -129,7 +129,7 @@ def compare_areas(replicates: int) -> None:
         patient = draw_patients(random)
         truth = draw_truth(random, patient, positives, labels=5)
         scores, share = draw_scores(random, patient, truth, (first, second)), positives / len(patient)
-        one, mean = np.eye(5)[0], np.full(5, 0.2)
+        single, mean = np.eye(5)[0], np.full(5, 0.2)
         intervals: dict[str, Interval] = {}
         for metric, measure, resample, actual in (
             ("AUROC", measure_areas, resampled_auroc, (first, second)),
@@ -142,7 +142,7 @@ def compare_areas(replicates: int) -> None:
                 for label in range(5)
             ]
             for name, weights in {
-                metric: [one, 0 * one], f"{metric}, difference": [one, -one],
+                metric: [single, 0 * single], f"{metric}, difference": [single, -single],
                 f"{metric}, mean": [mean, 0 * mean], f"{metric}, mean's difference": [mean, -mean],
             }.items():  # fmt: skip
                 weight = np.concatenate(weights)
@@ -236,7 +236,7 @@ def count_gaps(replicates: int) -> None:
         truth = random.random((800, len(LABELS))) < 0.25
         images = as_scored(random.normal(size=truth.shape) + 1.2 * truth, truth, random)
         groups = assess_groups(LABELS, images, dict.fromkeys(LABELS, fit))
-        wide += any(of["low"] > 0 for group in groups.values() for of in group["tpr_gap_limits"].values())
+        wide += any(limits["low"] > 0 for group in groups.values() for limits in group["tpr_gap_limits"].values())
     print(f"\nA fair network with some significant gap of sensitivity between groups: {wide / replicates:.0%}")
 
 

@@ -228,9 +228,9 @@ def collection(rows: int = 10_000_000) -> None:
     """Sizes of manifest and table; seconds and memory of reading them, of the targets, and of an epoch's plan."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for what in (partial(write_collection, rows=rows), plan, start):
+        for work in (partial(write_collection, rows=rows), plan, start):
             with get_context("spawn").Pool(1) as pool:  # whose peak of memory is its own
-                pool.apply(what, (folder,))
+                pool.apply(work, (folder,))
         for file in ("manifest.json", "train.arrow"):
             print(f"{file}: {(folder / file).stat().st_size / 1e6:,.1f} MB for {rows:,} rows")
 

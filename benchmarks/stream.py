@@ -347,14 +347,14 @@ def print_shuffle(many: Path, epochs: int = 10) -> None:
     }
     print(f"order of {len(shard):,} rows in {len(sizes)} shards: |Spearman's ρ|, mean of {epochs} epochs")
     for name, order in orders.items():
-        found = []
+        figures = []
         for epoch in range(epochs):
             rows = order(epoch)
             place = np.arange(len(rows))
             batches = np.sort(shard[rows][: len(rows) // BATCH * BATCH].reshape(-1, BATCH), axis=1)
             correlated = [abs(spearmanr(place, values[rows]).statistic) for values in (shard, patient)]
-            found.append((*correlated, 1 + (np.diff(batches) != 0).sum(axis=1).mean()))
-        of_shard, of_patient, per_batch = np.mean(found, axis=0)
+            figures.append((*correlated, 1 + (np.diff(batches) != 0).sum(axis=1).mean()))
+        of_shard, of_patient, per_batch = np.mean(figures, axis=0)
         print(
             f"  {name:28} with shard {of_shard:.4f}   with patient {of_patient:.4f}   "
             f"{per_batch:4.1f} shards per batch of {BATCH}"

@@ -159,9 +159,9 @@ def photograph(name: str, page: str, width: int, height: int) -> None:
     options += ["--blink-settings=preferredColorScheme=1", f"--window-size={width},{height}"]
     options += [f"--user-data-dir={WORK / 'profile'}", f"--screenshot={picture}", path.as_uri()]
     subprocess.run(["chromium", *options], check=True, capture_output=True, timeout=120)
-    whole = Image.open(picture).convert("RGB")
-    drawn = ImageChops.difference(whole, Image.new("RGB", whole.size, "white")).getbbox() or (0, 0, 0, 0)
-    save(whole.crop((0, 0, whole.width, min(drawn[3] + 24, whole.height))), name)
+    shot = Image.open(picture).convert("RGB")
+    drawn = ImageChops.difference(shot, Image.new("RGB", shot.size, "white")).getbbox() or (0, 0, 0, 0)
+    save(shot.crop((0, 0, shot.width, min(drawn[3] + 24, shot.height))), name)
 
 
 def save(picture: Image.Image, name: str) -> None:

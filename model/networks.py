@@ -72,12 +72,12 @@ def build_network(arch: str, outputs: int, shape: tuple[int, int] | None = None,
     network.set_submodule(path, Head(layer))
     if pretrained:
         weights = get_model_weights(arch).DEFAULT
-        what, place = f"the ImageNet weights of {arch}", hub_path(weights.url)
+        about, place = f"the ImageNet weights of {arch}", hub_path(weights.url)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # torch announces a download
                 state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
         except Exception as error:  # no connection, a wrong hash, a damaged file in the cache
-            raise CheckpointError(cannot_download(what, weights.url, error, place) + _WITHOUT) from error
+            raise CheckpointError(cannot_download(about, weights.url, error, place) + _WITHOUT) from error
         load_initial(network, Start(Path(arch), "", state))
     return network
 

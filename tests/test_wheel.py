@@ -120,8 +120,8 @@ def test_an_exported_network_scores_with_three_packages(tmp_path: Path) -> None:
     for name, (_, data) in zip(names, draw_kinds(390, 320), strict=True):
         (tmp_path / name).write_bytes(data)
     table = run(environment, tmp_path, "python", "score.py", "model.onnx", *names)
-    here = start(sys.executable, "score.py", "model.onnx", *names, cwd=tmp_path)
-    assert table == here.stdout
+    local = start(sys.executable, "score.py", "model.onnx", *names, cwd=tmp_path)
+    assert table == local.stdout
     assert [line.split(",")[0].strip('"') for line in table.splitlines()] == ["file", *names]
 
 

@@ -157,7 +157,7 @@ def record_environment(run: Run) -> None:
     line = describe_software(run) | {
         "command": [redact(word) for word in sys.argv],
         # Relative to the run, so that both can move together.
-        "shards": [one.name if "://" in one.name else os.path.relpath(one.path, folder) for one in run.shards.folders],
+        "shards": [f.name if "://" in f.name else os.path.relpath(f.path, folder) for f in run.shards.folders],
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

@@ -249,7 +249,7 @@ def describe_export(predictor: "Predictor", decision: "Decision") -> dict[str, s
         "threshold_rule": decision.rule,
         "dataset": dataset.get("title", "not stated"),
         "license": dataset.get("license", "not stated"),
-        "started_from": "; ".join(dict.fromkeys(describe_start(asdict(one)) for one in predictor.configs.values())),
+        "started_from": "; ".join(dict.fromkeys(describe_start(asdict(item)) for item in predictor.configs.values())),
         "use": WARNING,
     }
 

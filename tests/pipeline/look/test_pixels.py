@@ -71,7 +71,7 @@ def test_images_are_measured_in_table_order(study_shards: Shards) -> None:
     folder, manifest = study_shards
     splits = list(manifest.splits)
     counts: list[int] = []
-    edge, whole = measure_shards([(folder, name) for name in splits], "lateral", threads=2, progress=counts.append)
+    edge, content = measure_shards([(folder, name) for name in splits], "lateral", threads=2, progress=counts.append)
     rows, means = [], []
     for name in splits:
         split = open_split(folder, manifest, name)
@@ -83,9 +83,9 @@ def test_images_are_measured_in_table_order(study_shards: Shards) -> None:
                 means.append(image.mean())
                 rows.append(row["length"])
     assert counts[-1] == len(rows) == 20
-    assert whole["stored bytes"].tolist() == rows
-    np.testing.assert_allclose(whole["mean gray level"], means, atol=1.5)  # of the image enlarged
-    assert {len(values) for values in (edge | whole).values()} == {20}
+    assert content["stored bytes"].tolist() == rows
+    np.testing.assert_allclose(content["mean gray level"], means, atol=1.5)  # of the image enlarged
+    assert {len(values) for values in (edge | content).values()} == {20}
 
 
 def test_planted_shortcuts_are_found_unprompted(cued: Path, tmp_path: Path) -> None:

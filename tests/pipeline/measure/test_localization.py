@@ -41,13 +41,13 @@ def test_boxes_and_masks_are_placed_on_the_input() -> None:
 def test_hits_iou_and_chance() -> None:
     marked = np.zeros((2, 2), bool)
     marked[0, 0] = True
-    top, low, none = (np.array(of, np.float32) for of in ([[1, 0.5], [0, 0]], [[0, 0], [0, 1]], [[0, 0], [0, 0]]))
+    top, low, none = (np.array(heat, np.float32) for heat in ([[1, 0.5], [0, 0]], [[0, 0], [0, 1]], [[0, 0], [0, 0]]))
     cells = [Cell("Edema", f"p{number}", heat, marked) for number, heat in enumerate((top, top, low, none))]
-    of = measure_localization(cells)["labels"]["Edema"]
-    assert (of["hits"], of["cells"], of["chance"], of["iou"]) == (2, 4, 0.25, 0.25)
-    assert of["p"] == pytest.approx(1 - 0.75**4 - 4 * 0.25 * 0.75**3)
-    assert of["fixed"] == 1.0
-    assert (of["few"], of["iou_limits"]) == (True, {"low": None, "high": None})
+    figures = measure_localization(cells)["labels"]["Edema"]
+    assert (figures["hits"], figures["cells"], figures["chance"], figures["iou"]) == (2, 4, 0.25, 0.25)
+    assert figures["p"] == pytest.approx(1 - 0.75**4 - 4 * 0.25 * 0.75**3)
+    assert figures["fixed"] == 1.0
+    assert (figures["few"], figures["iou_limits"]) == (True, {"low": None, "high": None})
     many = [cell._replace(patient=f"p{copy}{cell.patient}") for cell in cells for copy in range(3)]
     limits = measure_localization(many)["labels"]["Edema"]["iou_limits"]
     assert limits["low"] < 0.25 < limits["high"]
