@@ -3,7 +3,7 @@
 To add a set, write a module that ends in a `DataSet`, and add a line to SETS.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -91,10 +91,10 @@ def find_terms(source: Source) -> Terms:
     return read_terms("sample") if is_synthetic and source.set == "chexpert" else SETS[source.set].terms
 
 
-def numbers_studies(name: str, columns: Container[str]) -> bool:
-    """Whether the studies of a set were numbered by us, as its tables do not number them."""
-    if name not in SETS or "study" in columns:
-        return False
+def numbers_studies(name: str, columns: Mapping[str, str]) -> bool:
+    """Whether studies were numbered by us: no column of the set, or of the `columns` that the user named, has them."""
+    if columns or name not in SETS:
+        return bool(columns) and "study" not in columns
     return not any("(?P<study>" in column.pattern for column in SETS[name].columns.values())
 
 

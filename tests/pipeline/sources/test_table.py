@@ -145,6 +145,13 @@ def test_values_are_words_and_states(text: str) -> None:
     assert parse_values('"yes, mild"=yes,edema: no =0') == (("yes, mild", 1), ("Edema:no", 0))
 
 
+def test_studies_without_a_column_are_no_key_whatever_the_set_is_called(films: Path) -> None:
+    assert shard(films, COLUMNS, "--name", "ours", "--blanks", "blank")[0] == 0
+    (films / "facts.csv").write_text("patient,study,ward\nM-01,1,W\n")
+    failed = run_pipeline("stats", films.parent / "out", "--facts", films / "facts.csv", code=1)
+    assert "facts.csv: column study cannot be a key: the data set's studies have no names" in failed.stderr
+
+
 def divide(films: Path, train: str, valid: str) -> list[str]:
     """The options that give each split a CSV of its own, with these rows."""
     for name, rows in (("train", train), ("valid", valid)):
