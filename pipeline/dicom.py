@@ -213,8 +213,9 @@ def decode_dicom(dicom: "Dataset") -> Picture:
     words, bits, shift, is_signed = _decode(dicom)
     with _quietly("its window or lookup table cannot be applied"):
         # Gray is computed once for each possible value of the words, or each that occurs in words of 32 bits.
-        places, ends = words, cv2.minMaxLoc(words)[:2] if words.itemsize <= 2 else ()
+        ends = cv2.minMaxLoc(words)[:2] if words.itemsize <= 2 else ()
         values: Levels = np.arange(int(max(ends, default=0)) + 1)
+        places = words
         if not ends:
             values, places = np.unique(words.astype(np.int64), return_inverse=True)
         levels = (values >> shift) & (2**bits - 1)

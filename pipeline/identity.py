@@ -17,7 +17,7 @@ from pipeline.base.csvs import line_of
 from pipeline.base.errors import DataError, quote
 
 NAMED = "*"  # the namespace of patients whose names include one: `nih/patient00012`
-IMAGE_SUFFIX = r"\.(?i:dcm|dicom|png|jpg|jpeg)$"
+IMAGE_SUFFIX = r"\.(?i:dcm|dicom|png|jpg|jpeg)"
 # Letters that sets write before a number, and what programs append if they read it as a measurement.
 _NUMBER = r"^\s*(?i:patient|subject|study|pat|sub|id|p|s)?[_-]?0*(\d+)(?:\.0+)?\s*$"
 _CODE = r"^\s*([A-Za-z]+[_-]?)0+(\d+)\s*$"
@@ -41,7 +41,7 @@ def normalize_ids(names: Names) -> pa.Array:
 def normalize_paths(paths: Names, parts: int = 1) -> pa.Array:
     """The last parts of image paths [N] without suffix: leading folders and the format do not identify an image."""
     slashed = pc.replace_substring(pc.utf8_trim_whitespace(_flatten(paths)), "\\", "/")
-    bare = pc.replace_substring_regex(slashed, IMAGE_SUFFIX, "")
+    bare = pc.replace_substring_regex(slashed, f"{IMAGE_SUFFIX}$", "")
     return pc.replace_substring_regex(bare, rf"^.*?((?:[^/]+/){{0,{parts - 1}}}[^/]+)$", r"\1")
 
 

@@ -201,7 +201,7 @@ def _read_jpeg(data: bytes, options: ImageOptions) -> Picture:
     return Picture(pixels, (height, width), facts.bits, stripped, facts.quality, copy)
 
 
-def _read_shape(data: bytes | memoryview, max_pixels: float) -> tuple[int, int, str]:
+def _read_shape(data: bytes | memoryview, max_pixels: int) -> tuple[int, int, str]:
     """Height, width and color space of a JPEG."""
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height, max_pixels)
@@ -218,7 +218,7 @@ def _decode_any(data: bytes, colorspace: str, height: int = 0, width: int = 0) -
     return pixels[:, :, 0]  # type: ignore[no-any-return]
 
 
-def _read_png(data: bytes, max_pixels: float, bits: int | None = None, stated_bits: int | None = None) -> Picture:
+def _read_png(data: bytes, max_pixels: int, bits: int | None = None, stated_bits: int | None = None) -> Picture:
     """Gray pixels of a PNG. Raises exceptions of many kinds for a damaged one."""
     chunks, plain = containers.read_png(data)
     width, height, depth, color = struct.unpack_from(">IIBB", chunks[b"IHDR"])
@@ -336,7 +336,7 @@ def _encode(pixels: Gray, options: ImageOptions) -> bytes:
     return file.getvalue()
 
 
-def _check_pixels(width: int, height: int, max_pixels: float) -> None:
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         option = "" if max_pixels == STORED_PIXELS else " (--max-pixels)"  # an option for sources
         raise ImageError(f"{width}×{height} is more than {max_pixels:,} pixels{option}")

@@ -26,8 +26,7 @@ VERSION = 1
 NAME = "manifest.json"
 CROISSANT = "croissant.json"
 CELLS = "Labels: 1 positive, 0 negative, -1 uncertain, null blank, -2 not annotated."
-# The columns of every table
-# The names in the order of a sample's JSON; of these, study and age are numbers.
+# The columns of every table, in the order of a sample's JSON; of the first seven, study and age are numbers.
 _TEXTS = dict.fromkeys(("key", "patient", "study", "view", "sex", "age", "projection"), pa.string())
 FACTS = pa.schema(_TEXTS | {"study": pa.int32(), "age": pa.int16()} | dict.fromkeys(LABELS, pa.int8()))
 PLACES = pa.schema({"shard": pa.int32(), "offset": pa.int64(), "length": pa.int32(), "crc": pa.uint32()})

@@ -156,11 +156,10 @@ def _check_samples(checks: _Checks, rows: pa.Table, members: list[Member], tar: 
         yield f"{rest} bytes after the last member, not two empty blocks"
     needed = rows if deep else rows.select(["key", "offset", "length"])
     for row, image, json in zip(needed.to_pylist(), members[::2], members[1::2], strict=True):
-        complaint, (length, offset) = None, (row["length"], row["offset"])
-        if (image.offset, image.size) != (offset, length):
-            complaint = (
-                f"{image.name} is {image.size} bytes at {image.offset}, not {length} at {offset} as in the table"
-            )
+        complaint = None
+        if (image.offset, image.size) != (row["offset"], row["length"]):
+            found = f"{image.name} is {image.size} bytes at {image.offset}"
+            complaint = f"{found}, not {row['length']} at {row['offset']} as in the table"
         elif deep:
             complaint = _check_content(checks, row, *(read_at(tar.fileno(), p.size, p.offset) for p in (image, json)))
         if complaint:

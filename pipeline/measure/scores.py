@@ -146,7 +146,7 @@ def name_files(paths: Sequence[Path]) -> dict[str, Path]:
 
 def normalize_names(names: pa.Array) -> pa.Array:
     """Names of images and studies to compare: a file's name without folders, CheXpert's key, or patient/studyN."""
-    bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(names.cast(pa.string())), IMAGE_SUFFIX, "")
+    bare = pc.replace_substring_regex(pc.utf8_trim_whitespace(names.cast(pa.string())), f"{IMAGE_SUFFIX}$", "")
     parts = pc.extract_regex(bare, r"(?P<patient>[^/]+)/(?P<study>study\d+)/(?P<view>view[^/]+)$")
     keys = pc.binary_join_element_wise(*(pc.struct_field(parts, name) for name in ("patient", "study", "view")), "_")
     studies = pc.extract_regex(bare, r"(?P<patient>[^/]+)/study0*(?P<study>\d+)/?$")

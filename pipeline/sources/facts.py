@@ -70,8 +70,8 @@ def join_facts(
         taken = KNOWN.union(
             OURS, Original._fields, map(_fold, LABELS), *(table.column_names for table in joined.values())
         )
-        for name in (name for name in facts if name in taken):
-            raise DataError(f"{path}: column {name}: the data set's table has that name; rename or remove it")
+        if clash := [name for name in facts if name in taken]:
+            raise DataError(f"{path}: column {clash[0]}: the data set's table has that name; rename or remove it")
         sample_keys, file_keys = (
             pc.binary_join_element_wise(*(table[name].cast(pa.string()) for name in parts), "/")
             for table, parts in ((samples, used), (columns, [names[part] for part in used]))

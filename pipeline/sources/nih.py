@@ -42,9 +42,10 @@ class Nih(DataSet):
         listed: dict[str, pa.Array] = {}
         for split, name in LISTS.items():
             with open_to_read(csvs[split]) as file:
-                names = pa.array(file.read().decode("utf-8-sig", errors="replace").split(), pa.string())
-            listed[split] = pc.is_in(images, value_set=normalize_paths(names))
-            if missing := pc.sum(pc.invert(pc.is_in(normalize_paths(names), value_set=images))).as_py():
+                names = file.read().decode("utf-8-sig", errors="replace").split()
+            members = normalize_paths(pa.array(names, pa.string()))
+            listed[split] = pc.is_in(images, value_set=members)
+            if missing := pc.sum(pc.invert(pc.is_in(members, value_set=images))).as_py():
                 note(f"{name}: {missing:,} of its images are not in the data set")
         both, either = (combine(listed["train"], listed["test"]) for combine in (pc.and_, pc.or_))
         column, lists = "Image Index", LISTS.values()

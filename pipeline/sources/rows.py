@@ -1,8 +1,8 @@
 """A source's label tables → the shuffled rows of each split, and the content of their images."""
 
-import errno
 import os
 from collections.abc import Iterator, Sequence
+from errno import EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENODEV, ENOTDIR, ENXIO, EPERM
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -23,10 +23,7 @@ from pipeline.sources.source import Source, find_place, settle_blanks
 READ = 2**16  # bytes, at first: most images are smaller
 MISSING = "no such file, but the CSV lists it"
 # Reasons to reject an image, wherever it is read; any other error is the machine's, such as a failing disk.
-OF_A_FILE = {
-    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
-    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV),
-}
+OF_A_FILE = {EACCES, EPERM, EISDIR, ENOTDIR, ELOOP, ENAMETOOLONG, ENXIO, ENODEV}
 Splits = tuple[dict[str, pa.Table], dict[str, dict[str, int]], tuple[str, ...]]
 
 

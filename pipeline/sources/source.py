@@ -15,12 +15,11 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import demand, demand_unique, read_data, read_header, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.identity import Note, ignore, normalize_ids
+from pipeline.identity import IMAGE_SUFFIX, Note, ignore, normalize_ids
 from pipeline.labels import LABELS, NOT_ANNOTATED
 from pipeline.sources.words import look_up, parse_findings, parse_number, translate
 
 RANKS = {"dcm": 0, "dicom": 0, "png": 1, "jpg": 2, "jpeg": 2}  # of two files of one image, the lower is the original
-SUFFIX = r"\.(?i:jpg|jpeg|png|dcm|dicom)"
 _IN_TAR = re.compile(r"(.+\.tar)@(\d+)\+(\d+)#.*", re.DOTALL)
 
 
@@ -44,9 +43,10 @@ class Source(NamedTuple):
     """A data set on the user's disk.
 
     `csvs` are its tables, by split or by role; `roots` are the folders that images may be read from. `columns` map our
-    columns to those of a user's table; `facts` are files of further columns. `name` is the user's name for a set with
-    the layout of another one, but other patients. Of such a set and of a table, `annotated` are the labels that were
-    looked for, and `blanks` is what an empty cell means, blank or not-annotated; empty if the user chose neither.
+    columns to those of a user's table, and `values` its words to states; `facts` are files of further columns. `name`
+    is the user's name for a set with the layout of another one, but other patients. Of such a set and of a table,
+    `annotated` are the labels that were looked for, and `blanks` is what an empty cell means, blank or not-annotated;
+    empty if the user chose neither.
     """
 
     csvs: dict[str, Path]
@@ -231,7 +231,7 @@ def make_table(fields: Mapping[str, pa.Array], states: Mapping[str, Any], facts:
 
 def make_key(path: str) -> str:
     """The key of an image of that name or path: up to 90 letters, digits, _ and -; a hash replaces all else."""
-    name = re.sub(f"{SUFFIX}$", "", path)
+    name = re.sub(f"{IMAGE_SUFFIX}$", "", path)
     plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
     if len(plain) <= 90 and plain == name:
         return plain
@@ -250,7 +250,7 @@ def settle_blanks(source: Source, tables: Mapping[str, pa.Table]) -> dict[str, p
     The labelers of known sets look for all labels, so blanks are blanks; of another hospital's set, only the owner
     knows. Raises DataError if the owner must state it, and for labels that have states, but were not looked for.
     """
-    is_foreign = bool(source.name) or source.set in ("table", "webdataset")
+    is_foreign = bool(source.name or source.columns)
     is_stated = bool(source.annotated or source.blanks)
     if is_stated and not is_foreign and source.set != "chexpert":
         raise DataError(f"`annotated`, `blanks`: {source.set} defines its blanks; leave these out")

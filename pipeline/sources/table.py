@@ -15,17 +15,17 @@ import pyarrow.compute as pc
 from pipeline.base.csvs import SUFFIXES, demand_columns, demand_unique, read_strings
 from pipeline.base.errors import DataError
 from pipeline.base.store import list_files
-from pipeline.identity import Note, ignore
+from pipeline.identity import IMAGE_SUFFIX, Note, ignore
 from pipeline.labels import LABELS, describe_unknown, find_label, suggest
 from pipeline.sources import words
-from pipeline.sources.source import AGE, SUFFIX, Column, DataSet, Source, make_key, make_table, read_cells, read_terms
+from pipeline.sources.source import AGE, Column, DataSet, Source, make_key, make_table, read_cells, read_terms
 
 _PART = r"(?:[^/\\.]|\.[^/\\.]|\.\.[^/\\])[^/\\]*"  # a folder but . and ..
 NEEDED = ("path", "patient")
 FIELDS = {
     # DICOM files often have no suffix, or are named by a UID.
     "path": Column(
-        rf"(?P<path>(?:{_PART}/)*(?:[^/\\]+{SUFFIX}|[^/\\.]+|[^/\\]+\.\d+))",
+        rf"(?P<path>(?:{_PART}/)*(?:[^/\\]+{IMAGE_SUFFIX}|[^/\\.]+|[^/\\]+\.\d+))",
         "is not a path below SOURCE to a JPEG, PNG or DICOM",
     ),
     "patient": Column(r"(?P<patient>\S{1,64})", "is not a name without spaces, of up to 64 characters"),

@@ -61,8 +61,9 @@ class Webdataset(DataSet):
                 tables[f"{split or next(filter(None, words), 'train')}/{name}"] = tar
         if not tables and any(_PACKED.search(path.name) for path in list_files(folder)):
             raise DataError(f"{folder}: its tars are compressed; decompress them to .tar")
-        csv = table.find_csv(folder)
-        return tables | ({CSV: csv} if csv else {}) if tables else None
+        if tables and (csv := table.find_csv(folder)):
+            tables[CSV] = csv
+        return tables or None
 
     def locate(self, paths: Sequence[str], roots: Sequence[Path], note: Note = ignore) -> list[str]:
         """The paths: they name a tar and bytes in it."""

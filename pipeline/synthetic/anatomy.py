@@ -140,11 +140,11 @@ def draw_image(
     visible = [label for label, finding in findings.items() if finding.severity >= VISIBLE]
     draw_anatomy = draw_lateral if kind == "lateral" else draw_frontal
     if kind == "lateral":
-        severities = {label: min(1.0, finding.lateral * finding.severity) for label, finding in findings.items()}
-        findings = {label: finding._replace(severity=severities[label]) for label, finding in findings.items()}
+        findings = {label: f._replace(severity=min(1.0, f.lateral * f.severity)) for label, f in findings.items()}
     low, high = (0.35, 0.155, 0.04, 0.073, -0.15, 0.3), (0.4, 0.175, 0.16, 0.085, 0.15, 1.0)
     body = Body(*patient_rng.uniform(low, high).tolist())  # plain floats: NumPy's would turn float32 into float64
-    body, before = body if sex == "Female" else body._replace(breast=0.0), copy.deepcopy(rng)
+    body = body if sex == "Female" else body._replace(breast=0.0)
+    before = copy.deepcopy(rng)
     canvas = draw_anatomy(rng, body, findings, projection == "AP")
     changes: dict[str, Array] = {}
     for label in ANATOMY & set(visible):

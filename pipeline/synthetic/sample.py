@@ -38,7 +38,6 @@ NOTICE = (
 # APP0 would normally follow SOI; decoders accept a comment (marker FFFE, its length, the text) before it.
 COMMENT = b"\xff\xfe\x00\x0bsynthetic"
 
-
 # How often reports give each state, in shares of frontals (the rest is blank), of which Lung Opacity's positive one is
 # for haze with no other cause; the share of uncertain findings that are really there; `lateral` as in Finding; loads on
 # the factors congestion, infection and care; corners of the box that holds the sign's place.

@@ -80,6 +80,7 @@ def test_a_signal_ends_the_run_and_its_workers(tmp_path: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not list(out.glob("*.tar")):
             time.sleep(0.01)
+            assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)  # returns once the workers have closed stderr too
     assert process.returncode == 143
