@@ -303,9 +303,9 @@ def evaluate_state(run: Run, state: TrainState, data: Data, log: Log) -> str:
     run.ranks.align_buffers(state.ema)
     scored, _ = score_split(run, state.ema, data.dev, run.pixels)
     report = report_auroc(run.config.labels, *scored[:4])
-    epoch, train_loss = round(state.done / data.steps, 4), state.loss_sum / (state.done - state.evaluated)
-    line: dict[str, Any] = {"epoch": epoch, "step": state.done, "train_loss": train_loss}
-    line["dev_loss"] = cross_entropy(*scored[:3])
+    epoch = round(state.done / data.steps, 4)
+    line: dict[str, Any] = {"epoch": epoch, "step": state.done}
+    line |= {"train_loss": state.loss_sum / (state.done - state.evaluated), "dev_loss": cross_entropy(*scored[:3])}
     line |= {name: value for name, value in report.items() if name.endswith("_auroc")}
     line["labels"] = {label: row["auroc"] for label, row in report["labels"].items()}
     chosen = run.config.choose_by
@@ -340,7 +340,7 @@ def evaluate_state(run: Run, state: TrainState, data: Data, log: Log) -> str:
 
 def is_out_of_patience(run: Run, state: TrainState) -> bool:
     """Whether none of the last `patience` evaluations beat the best one before them."""
-    patience, scores = run.config.patience, [choice_score(line, run.config.choose_by) or 0.0 for line in state.history]
-    if patience is None or not scores:
+    scores = [choice_score(line, run.config.choose_by) or 0.0 for line in state.history]
+    if run.config.patience is None or not scores:
         return False
-    return len(scores) - 1 - scores.index(max(scores)) >= patience
+    return len(scores) - 1 - scores.index(max(scores)) >= run.config.patience

@@ -51,13 +51,13 @@ def augment(
     (None: the batch is complete), so that a part of a batch is transformed as in the complete one. With `kind.robust`
     the images are equalized instead of normalized by `mean` and `std`.
     """
-    rows, total = slice(None) if places is None else torch.from_numpy(places), total or len(images)
+    rows = slice(None) if places is None else torch.from_numpy(places)
     # By a hash, so that nearby (seed, epoch, step) give unrelated draws.
     digest = hashlib.blake2b(repr(at).encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def draw(columns: int) -> Tensor:  # uniform in (-1, 1), [B, columns]
-        return (torch.rand(total, columns, generator=generator) * 2 - 1)[rows]
+        return (torch.rand(total or len(images), columns, generator=generator) * 2 - 1)[rows]
 
     draws = draw(6)  # rotation, shift x, shift y, scale, brightness, contrast; no flip: the heart's side is a finding
     theta = sampling_matrices(draws[:, :4], draw(3), kind.crop, images.shape[2] / images.shape[3])

@@ -175,18 +175,18 @@ def read_start(init: Path, outputs: Sequence[str] = ()) -> Start:
 
 def _fetch(init: str, row: Published | None) -> Path:
     """The local copy of published weights. Raises CheckpointError if they cannot be downloaded."""
-    source, place = row.weights if row else init, None
+    source = row.weights if row else init
     if row is not None and not source.startswith(HUB) and not source.endswith(row.file):
         how = f"get {row.file} from {source}, then `init` that file"
         raise CheckpointError(f"{init}: programs cannot download it; {how}")
+    place = None if source.startswith(HUB) else hub_path(source)
     try:
-        if source.startswith(HUB):
+        if place is None:
             with needs("timm", init):
                 from huggingface_hub import hf_hub_download  # a dependency of timm
             owner, name, *file = source.removeprefix(HUB).split("/")
             source = f"https://huggingface.co/{owner}/{name}"
             return Path(hf_hub_download(f"{owner}/{name}", "/".join(file) or "model.safetensors"))
-        place = hub_path(source)
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source, str(place), progress=False)

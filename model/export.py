@@ -124,7 +124,7 @@ def draw_probes(height: int, width: int) -> Tensor:
 
 
 def compare_scores(scores: Tensor, expected: Tensor, path: Path) -> float:
-    """The largest difference in logits between scores [B, L], but saturated ones, and the expected scores.
+    """The largest difference in logits between scores [B, L] and expected scores, over those that are not saturated.
 
     Raises DataError, with the path, if it is above TOLERANCE, or if all are saturated.
     """

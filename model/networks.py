@@ -102,9 +102,10 @@ def check_shape(arch: str, shape: tuple[int, int]) -> None:
 
 def _create_timm(arch: str, outputs: int, shape: tuple[int, int] | None, pretrained: bool = False) -> nn.Module:
     """A network as timm makes it, for gray images of this shape."""
-    own, (name, options) = own_input(arch), split_arch(arch)
+    own = own_input(arch)
     import timm  # which `own_input` has found
 
+    name, options = split_arch(arch)
     if own is not None and own.fixed and shape not in (None, parse_shape(own.size)):
         options["img_size"] = shape
     return timm.create_model(name, pretrained=pretrained, in_chans=1, num_classes=outputs, **options)

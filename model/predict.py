@@ -121,7 +121,7 @@ def draw_maps(network: nn.Module, inputs: Tensor, columns: list[int]) -> tuple[T
     They say how much each place raises a label's logit; `columns` [L] are these logits. Each map's maximum is 1; a map
     is all 0 if no place raises the logit. Convolutional networks get LayerCAM (Jiang et al., IEEE TIP 2021): positive
     gradients times activations, summed over channels, of the last layer of each of the `GRIDS` coarsest resolutions,
-    each blurred and scaled to 1, and added. Networks without one (transformers) get gradient × input. A first step of
+    each blurred and scaled to 1, and added. Networks without grids (transformers) get gradient × input. A first step of
     the network that has no gradient, such as equalization, is left out.
     """
     network.eval()

@@ -141,18 +141,18 @@ def cross_command(train: Train, given: Cross, setup: Setup, config: Config) -> N
 def embed_command(given: Embedding, setup: Setup, config: Config) -> None:
     """Write the embeddings (input of the last layer) of a split by a run, or by a network with --init or --pretrained.
 
-    Or by a published chest encoder that `networks` lists. The table has keys, patients, labels and embeddings, for
-    models that are fitted on top.
+    A published chest encoder that `networks` lists needs neither. The table has keys, patients, labels and embeddings,
+    for models that are fitted on top.
 
     Example: python -m train embed runs/first --split train --out train.parquet
     """
-    folder, out, is_run = Path(given.source), given.out, Path(given.source).is_dir()
+    folder, out = Path(given.source), given.out
     refuse_usage(out.suffix not in (".arrow", ".parquet"), f"--out {out}: it must end in .arrow or .parquet")
     check_folder(out)
     if given.source in published() and not folder.exists():
         setup = replace(setup, init=folder)
     started = config.pretrained or setup.init is not None
-    if is_run:
+    if is_run := folder.is_dir():
         refuse_usage(started or config.image_size, f"{folder} is a run: it has its own weights and image size")
     else:
         refuse_usage(not started, f"{folder} is no folder, and a network needs --init or --pretrained")

@@ -59,7 +59,8 @@ def train_runs(
         raise DataError("`shards`: two folders have the same name; rename one, by which the runs are called")
     # Open all runs first, to refuse folders that share patients or images before hours of training.
     made = {name: make(folders, out / name.replace(" + ", "+")) for name, folders in plan_runs(shards).items()}
-    runs, first = dict[str, Run](), next(iter(made.values()))
+    first, *_ = made.values()
+    runs: dict[str, Run] = {}
     for folder in others:
         config = read_config(folder)
         if config.fusion != first.config.fusion:
@@ -69,9 +70,9 @@ def train_runs(
     list_labels(runs)
     for run in made.values():
         list_seen(run, ())  # raises DataError
-    for folder in others:
+    for folder, seen in zip(others, map(read_seen, others), strict=True):
         for alone in (made[Path(name).name].shards for name in shards):
-            check_seen(replace(runs[str(folder)], shards=alone), choose_split(alone), read_seen(folder))
+            check_seen(replace(runs[str(folder)], shards=alone), choose_split(alone), seen)
     for run in made.values():
         if not (is_reported(run.folder) and read_config(run.folder) == run.config):
             train(run)

@@ -106,9 +106,9 @@ def tabulate_localization(results: Mapping[str, Any]) -> Table:
 def open_network(run: Run) -> Network:
     """The network that a run would start from: whatever its weights have seen, it is not trained on these shards."""
     network = start_network(run).to(run.device).to(memory_format=torch.channels_last)
-    config, seen = replace(run.config, manifest=""), run.start.seen if run.start else ()
+    config = replace(run.config, manifest="")
     images = ImageOptions._make(run.manifest.options[name] for name in ImageOptions._fields)
-    return Network(run.folder, config, network, run.pixels, images, seen, {})
+    return Network(run.folder, config, network, run.pixels, images, run.start.seen if run.start else (), {})
 
 
 @torch.inference_mode()

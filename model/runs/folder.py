@@ -169,22 +169,22 @@ def record_environment(run: Run) -> None:
 
 
 def send_curves(run: Run, stack: ExitStack) -> Log:
-    """Until the stack ends, mirror TensorBoard's events to Weights & Biases; returns what sends a value to MLflow.
+    """Mirror TensorBoard's events to Weights & Biases until the stack ends; returns what sends a value to MLflow.
 
-    Each if the setup asks for it; a resumed run keeps its identity there. Raises DataError if a package is missing.
+    Each only if the setup asks; a resumed run keeps its identity there. Raises DataError if a package is missing.
     """
     folder, setup, terms = run.folder, run.setup, find_restriction(run.manifest.dataset)
     for name in ("wandb", "mlflow"):
         if terms and getattr(setup, name):
             sent = f"`{name}` sends settings and figures of this run to others"
             say_once(f"Warning: {sent}; make sure that the {terms} allows it")
-    digest, config = hashlib.sha256(read_bytes(folder / "config.json")).hexdigest()[:8], asdict(run.config)
+    digest = hashlib.sha256(read_bytes(folder / "config.json")).hexdigest()[:8]
     identity = re.sub(r"[^\w.-]", "-", f"{folder.name}-{digest}")
     if setup.wandb:
         with needs("wandb"):
             import wandb
-        options: dict[str, Any] = {"config": config, "sync_tensorboard": True, "save_code": False, "dir": folder}
-        wandb.init(project=setup.wandb, name=folder.name, id=identity, resume="allow", **options)
+        options: dict[str, Any] = {"resume": "allow", "sync_tensorboard": True, "save_code": False, "dir": folder}
+        wandb.init(project=setup.wandb, name=folder.name, id=identity, config=asdict(run.config), **options)
         stack.callback(wandb.finish)  # before the next trial of a sweep begins another
     if not setup.mlflow:
         return lambda name, value, step: None
@@ -193,7 +193,7 @@ def send_curves(run: Run, stack: ExitStack) -> Log:
     mlflow.set_experiment(setup.mlflow)
     earlier = mlflow.search_runs(filter_string=f"attributes.run_name = '{identity}'", output_format="list")
     stack.enter_context(mlflow.start_run(earlier[0].info.run_id if earlier else None, run_name=identity))
-    mlflow.log_params(config)
+    mlflow.log_params(asdict(run.config))
     return lambda name, value, step: mlflow.log_metric(name, value, step)
 
 

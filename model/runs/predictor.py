@@ -324,11 +324,12 @@ def score_split(
         for batch in read_batches(run, chosen, chosen.truth, plan):
             if requested():
                 break  # `agree` ends all ranks
-            start, images = batch.step.step * EVALUATION_BATCH, batch.images if alter is None else alter(batch.images)
+            start = batch.step.step * EVALUATION_BATCH
+            images = batch.images if alter is None else alter(batch.images)
             bad[[start + position for position in batch.bad]] = 1
             inputs = network_inputs(run.device, config.fusion is not None, images, batch.present, batch.projection)
-            end = start + len(batch.target)
-            scores[start:end] = predict_scores(network, columns, [inputs], *scale, run.precision)
+            own = predict_scores(network, columns, [inputs], *scale, run.precision)
+            scores[start : start + len(own)] = own
             done += len(batch.target)
             advance(min(done * ranks.count, len(rows)), len(rows))
     ranks.agree()

@@ -163,8 +163,7 @@ def predict_command(chosen: Runs, given: Prediction, setup: Setup) -> int:
         rows.append([name, *map(show_number, values), *facts.values()])
     write_csv(out, rows)
     of_studies = f" in {len(samples):,} stud{'y' if len(samples) == 1 else 'ies'}" if by_study else ""
-    scored = count_of(len(files) - len(bad), "image")
-    echo(f"{out}: scores of {scored}{of_studies}, {len(bad):,} unusable")
+    echo(f"{out}: scores of {count_of(len(files) - len(bad), 'image')}{of_studies}, {len(bad):,} unusable")
     if given.heatmaps is not None:
         from model.runs.explain import write_heatmaps
 
@@ -285,8 +284,8 @@ def localize_command(place: Place, given: Localization, setup: Setup) -> None:
 
     Example: python -m train localize --run runs/first --boxes boxes.csv --split valid
     """
-    folder, splits, boxes, setup = place.run, given.splits, given.boxes, setup.checked(place.run)
-    config = read_config(folder)
+    folder, splits, boxes = place.run, given.splits, given.boxes
+    setup = setup.checked(folder)
     from model.ranks import listen
     from model.runs.explain import draw_cells, tabulate_localization
     from model.runs.folder import result_name
@@ -294,19 +293,17 @@ def localize_command(place: Place, given: Localization, setup: Setup) -> None:
     from pipeline.measure.localization import measure_localization, read_marks
 
     listen()
-    collection = setup.open()
-    run = Run(config, collection, folder, setup)
+    run = Run(read_config(folder), setup.open(), folder, setup)
     marks = read_marks(boxes)
     cells = list(draw_cells(run, splits, marks))
     if not cells:
-        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {collection} that this run learned")
+        raise DataError(f"{boxes}: no cell of {', '.join(splits)} in {run.shards} that this run learned")
     results = measure_localization(cells)
-    path = folder / f"localization-{result_name(config, collection.digest, '+'.join(splits))}.json"
+    path = folder / f"localization-{result_name(run.config, run.shards.digest, '+'.join(splits))}.json"
     write_json(path, {"splits": list(splits), "boxes": hash_file(boxes)} | results)
     tabulate_localization(results).print()
-    all_cells = sum(map(len, marks.values()))
-    echo(f"{path}: {len(cells):,} of the {all_cells:,} cells in {boxes}")
-    if collection.digest == config.manifest and not {"train", "dev"}.isdisjoint(splits):
+    echo(f"{path}: {len(cells):,} of the {sum(map(len, marks.values())):,} cells in {boxes}")
+    if run.shards.digest == run.config.manifest and not {"train", "dev"}.isdisjoint(splits):
         say("Warning: the run was trained on train, and dev chose its weights: it has seen these images")
     say_next(*TRAIN, "evaluate", "--run", folder, *repeat("--shards", setup.shards), "--split", splits[0], "--sanity")
 

@@ -190,7 +190,7 @@ def begin_trial(sweep: Sweep, lock: ExitStack) -> tuple[Trial | None, bool]:
 def run_trial(sweep: Sweep, trial: Trial, train_point: TrainPoint) -> None:
     """Train the point of a trial that this process has begun, and record how it ended."""
     say(f"Trial {trial.number}: {', '.join(f'{name} {value}' for name, value in trial.parameters.items())}")
-    start, ending = time.monotonic(), ""
+    start = time.monotonic()
     try:
         trial.figures = train_point(trial.point, trial.folder)
         trial.state, ending = "complete", f"dev AUROC {trial.dev:.4f} ({sweep.choice})"
@@ -228,8 +228,8 @@ def propose(sweep: Sweep, trials: Sequence[Trial]) -> list[Point]:
             space[name] = FloatDistribution(min(values), max(values), log=min(values) > 0)
         else:
             space[name] = CategoricalDistribution(values)
-    # Seeded by the number of trials, so that a search repeats itself. Optuna takes 32 bits.
     first = sweep.grid[0]
+    # Seeded by the number of trials, so that a search repeats itself. Optuna takes 32 bits.
     seed = {**sweep.options, **first}["seed"]
     sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + len(trials)) % 2**32, constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
