@@ -145,7 +145,7 @@ def test_a_run_compared_with_is_checked_too(again: Path, run: Path, tmp_path: Pa
     assert call_train(*words, "--against", run, "--shared-images") == 0
 
 
-def test_a_student_s_dev_may_not_be_in_its_teacher_s_train(
+def test_a_students_dev_may_not_be_in_its_teachers_train(
     again: Path, originals: Path, run: Path, tmp_path: Path
 ) -> None:
     student = ("train", "--run", tmp_path / "student", *TINY, "--uncertain", "selftrained", "--teacher")

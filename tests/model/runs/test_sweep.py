@@ -288,10 +288,10 @@ def test_an_error_in_one_trial_leaves_a_report_of_the_others(
 ) -> None:
     train_all = train.train
 
-    def fail(job: Run, *watch: Any) -> None:
-        if job.config.lr == 1e-2:
+    def fail(run: Run) -> None:
+        if run.config.lr == 1e-2:
             raise DataError("the disk is full")
-        train_all(job, *watch)
+        train_all(run)
 
     monkeypatch.setattr(train, "train", fail)
     with refused("the disk is full"):

@@ -62,7 +62,7 @@ def test_sweeps_with_little_in_them_have_a_page() -> None:
     cases: list[tuple[list[Trial], int]] = [
         ([], 0),
         ([make_trial(0, 0.8, lr=1e-3)], 1),
-        ([make_trial(0, None, "running", lr=1e-3, weight_decay=0.0)], 1),
+        ([make_trial(0, None, "unfinished", lr=1e-3, weight_decay=0.0)], 1),
         ([make_trial(n, 0.8, arch=arch) for n, arch in enumerate(("rescnn", "resnet18"))], 2),
         ([make_trial(n, 0.8, lr=1e-3 * n, weight_decay=1e-3 * n) for n in range(1, 9)], 3),
     ]
