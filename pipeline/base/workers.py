@@ -80,10 +80,7 @@ def run_alone(function: Callable[[Task], Result], task: Task, step: str = "") ->
     """Run one task in its own process, which frees its memory; if that is killed, raises DataError naming `step`."""
     with _worker_pool(function, 1) as (pool, _):
         try:
-            future = _submit(pool, function, task)
-            while not _wait([future]):
-                pass
-            return future.result()
+            return _await(_submit(pool, function, task))
         except BrokenProcessPool:
             raise DataError(f"{step or task}: its process was killed; is there enough memory?") from None
 
@@ -98,8 +95,10 @@ def run_threads(
     results = []
     pool = ThreadPoolExecutor(workers)
     try:
-        for result in pool.map(function, tasks):
-            results.append(result)
+        with _without_signals():  # it takes locks and starts threads
+            futures = [pool.submit(function, task) for task in tasks]
+        for future in futures:
+            results.append(_await(future))
             progress(len(results), len(tasks))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -132,6 +131,13 @@ def _wait(futures: Collection[Future[Result]]) -> set[Future[Result]]:
     """
     with _without_signals():
         return wait(futures, TICK, FIRST_COMPLETED).done
+
+
+def _await(future: Future[Result]) -> Result:
+    """The result of a future, once the pool's thread no longer needs its lock."""
+    while not _wait([future]):
+        pass
+    return future.result()
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def test_every_task_is_done_once_and_counted(tmp_path: Path, function: Callable[
     results = list(run_tasks(function, [(tmp_path, number) for number in range(20)], workers, ticks.append))
     assert sorted(results) == [number**2 for number in range(20)]
     assert ticks == sorted(ticks)
-    assert ticks[-1] <= 20
+    assert ticks[-1] == 20 or (function is die_once and ticks[-1] < 20)  # what is done again is not counted again
 
 
 def test_an_error_and_a_task_that_kills_its_worker_twice_reach_the_caller(tmp_path: Path) -> None:
@@ -84,26 +84,32 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
 
 
-def test_a_signal_while_tasks_are_waited_for_leaves_no_lock_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "run", ["run_tasks(sleep_in_steps, [(folder, 0), (folder, 1)], 2)", "run_threads(time.sleep, [1] * 3, 2)"]
+)
+def test_a_signal_while_results_are_waited_for_leaves_no_lock_behind(tmp_path: Path, run: str) -> None:
     """As if it came just when the last lock was taken: by an exception there, the pool would never end."""
     program = f"""
 import os, signal, sys, threading, time
-from concurrent.futures import _base
+from concurrent.futures import Future, _base
 from pathlib import Path
-from pipeline.base.workers import run_tasks
+from pipeline.base.workers import run_tasks, run_threads
 from tests.pipeline.base.test_workers import sleep_in_steps
 
-class Interrupted(_base._AcquireFutures):
-    def __enter__(self):
-        super().__enter__()
+def interrupted(take):
+    def take_and_interrupt(self, *_):
+        take(self)
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(1_000_000):  # the handler runs between two of these
             pass
+    return take_and_interrupt
 
-_base._AcquireFutures = Interrupted
+_base._AcquireFutures.__enter__ = interrupted(_base._AcquireFutures.__enter__)
+Future.result = interrupted(lambda future: future._condition.acquire())
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 threading.Thread(target=time.sleep, args=[60], daemon=True).start()
-list(run_tasks(sleep_in_steps, [(Path({str(tmp_path)!r}), number) for number in range(3)], 2))
+folder = Path({str(tmp_path)!r})
+list({run})
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60, capture_output=True)
     assert ended.returncode == 143, ended.stderr
