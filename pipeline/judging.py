@@ -91,7 +91,8 @@ def judge(scores: Path, source: Path, asked: Judging = Judging(), note: Note = i
             patients, codes = np.unique(images.patient, return_inverse=True)
             chosen = np.array([hash_fraction("dev", patient) < HELD_OUT for patient in patients.tolist()])
             keep(f"{source.name}: {chosen.sum():,} of {len(patients):,} patients, by a hash of their names, are dev")
-            dev, images, table = images.take(chosen[codes]), images.take(~chosen[codes]), table.filter(~chosen[codes])
+            is_dev = chosen[codes]
+            dev, images, table = images.take(is_dev), images.take(~is_dev), table.filter(~is_dev)
         else:
             dev_table = load_tables([source], asked.dev, "all", asked.facts, keyed=True)
             dev, _ = join_scores(opened, dev_table, blank, fill, ignore)

@@ -63,7 +63,8 @@ def describe_data(evaluation: Evaluation, dataset: str = "") -> str:
     studies, patients = (show_count(evaluation.get(unit, None, "study").value) for unit in ("studies", "patients"))
     images = evaluation.get("images", None, "image").value
     size = f"{studies} studies of {patients} patients"
-    size = size if images is None else f"{show_count(images)} images in {size}"
+    if images is not None:
+        size = f"{show_count(images)} images in {size}"
     about = f" of {dataset.replace('`', '')}" if dataset else ""
     chosen = f", chosen by {', '.join(head['chosen_by'])}" if head.get("chosen_by") else ""
     other = "; not the shards that the run was trained on" if "own" in head else ""
@@ -108,11 +109,11 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
         dot = [evaluation.get(rate, name, group=rule).value for rate in ("sensitivity", "specificity")]
         gains = [f"{at} {evaluation.get('net_benefit_gain', name, group=at).shown}" for at in ("at 0.1", "at 0.3")]
         error, fitted = (judged.show(evaluation.get(metric, name)) for metric in ("ece", "ece_calibrated"))
-        by = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}" if temperature else ""
+        fit = f" → {fitted}, T {show_figure(temperature)}, b {show_figure(bias)}" if temperature else ""
         for kind, caption, draw in (
             ("ROC", f"AUROC {auroc.shown}", partial(_draw_roc, curve, [dot])),
             ("precision-recall", f"AUPRC {auprc.shown}", partial(_draw_pr, curve)),
-            ("reliability", f"ECE {error}{by}", partial(_draw_reliability, score, calibrated, truth)),
+            ("reliability", f"ECE {error}{fit}", partial(_draw_reliability, score, calibrated, truth)),
             ("decision", ", ".join(gains), partial(_draw_decision, calibrated, truth)),
         ):
             svg = axes[kind].draw(draw, f"{kind} curve of {name}")
@@ -123,9 +124,10 @@ def draw_curves(evaluation: Evaluation, images: Scored) -> dict[str, Panels]:
 def draw_readers(evaluation: Evaluation, images: Scored) -> Panels:
     """The ROC curves of the studies, with a point for each reader."""
     panels: Panels = []
-    readers = evaluation.head.get("readers", ())
-    studies = study_level(images, evaluation.head["combine"]) if readers else images
-    for name, score, truth, _ in label_cells(evaluation.labels, *studies[:4]) if readers else ():
+    if not (readers := evaluation.head.get("readers")):
+        return panels
+    studies = study_level(images, evaluation.head["combine"])
+    for name, score, truth, _ in label_cells(evaluation.labels, *studies[:4]):
         get = partial(evaluation.get, label=name, level="study")
         rates = [[get(rate, scorer=reader).value for rate in ("sensitivity", "specificity")] for reader in readers]
         points = [pair for pair in rates if None not in pair]

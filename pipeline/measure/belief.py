@@ -74,7 +74,7 @@ def add_belief(evaluation: Evaluation, images: Scored, covariates: Named, strata
         groups |= find_confounder(names, images.take(rows), column)
         if values or edges:
             table, used = np.column_stack([*values.values(), *edges.values()]), np.ones(len(truth), bool)
-            owner, ranks = (np.unique(column, return_inverse=True)[1] for column in (patient, score))
+            owner, ranks = (np.unique(each, return_inverse=True)[1] for each in (patient, score))
             groups[PROPENSITY] = split_values(predict(table, truth, used, owner), truth)
             groups[PREDICTED] = split_values(predict(table, ranks / len(score), used, owner), truth)
         within = compare_within(cells, every, groups)

@@ -331,8 +331,8 @@ def add_own(evaluation: Evaluation, images: Scored, own: Evaluation) -> None:
         common = combine(measure_areas(*images[:4]), weigh_labels(names, kept))
         evaluation.add(level, COMMON, "auroc", **common, note=", ".join(kept))
         mean = replace(own.get("auroc", "macro10"), label=COMMON, note=", ".join(kept))
-        enough = [own.get("auroc", name) for name in own.labels]
-        if set(kept) != {row.label for row in enough if row.value is not None and not row.few}:
+        known = [name for name in own.labels if own.get("auroc", name).value is not None]
+        if set(kept) != {name for name in known if not own.get("auroc", name).few}:
             widened = "widened"
             limits = np.array([[row.number, row.low, row.high] for row in (pairs[name][1] for name in kept)], float)
             mean = replace(mean, **dict(zip(("value", "low", "high"), limits.mean(axis=0).tolist(), strict=True)))

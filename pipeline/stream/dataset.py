@@ -31,8 +31,6 @@ from pipeline.stream.plan import Rows, Samples, plan_evaluation, plan_training, 
 from pipeline.stream.samples import OpenSplit, ShardFile, find_images, find_studies, open_split, select_rows
 
 SAME = ("size", "square", "encoding")  # options that folders must share
-
-
 Locations = str | Path | Sequence[str | Path]  # folders of shards, or their URLs: https://… or s3://…
 
 

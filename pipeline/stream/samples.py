@@ -55,7 +55,7 @@ class OpenSplit:
 
     def __post_init__(self) -> None:
         self.shard, self.offset, self.length, self.crc = (self.table[name].to_numpy() for name in PLACES.names)
-        # The place of each image's projection in PROJECTIONS
+        # The place of each image's projection in PROJECTIONS.
         names = pc.if_else(pc.equal(self.table["view"], "lateral"), "lateral", self.table["projection"])
         codes = pc.index_in(names, value_set=pa.array(PROJECTIONS))
         self.projection = pc.fill_null(codes, PROJECTIONS.index("other")).to_numpy().astype(np.int8)
@@ -181,7 +181,7 @@ def find_studies(split: OpenSplit, rows: Rows | None = None) -> tuple[Samples, i
     states[blank] = 2
     first = np.repeat(order[starts], counts)  # of each image's study
     for position, column in np.argwhere(states[order] != states[first])[:1].tolist():
-        keys = [table["key"][int(rows[position])].as_py() for rows in (first, order)]
+        keys = [table["key"][int(row)].as_py() for row in (first[position], order[position])]
         raise DataError(
             f"{split.name}: {keys[0]} and {keys[1]} are of one study but differ in {LABELS[column]}; "
             "a study has one label, so read these shards by image"
